@@ -1,0 +1,8 @@
+"""Adaptations by name."""
+
+from .token_state import NoAdaptation
+
+
+ADAPTATIONS = {
+    "none": NoAdaptation,
+}

@@ -1,0 +1,271 @@
+"""InTI: inter-frame token interpolation.
+
+Zhang et al., "Dynamic and Compressive Adaptation of Transformers From Images to Videos" (ECCV 2024), Sec. 3.2, 3.3 and
+appendix B. Between two blocks each pair of neighbouring frames becomes one frame: token by token a weighted sum,
+with weights alpha and beta predicted from four contexts. The paper's C is the width, j counts pairs, k tokens.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .token_state import Compression, FrameInterpolation, NewConv1d, NewConv3d, NewLinear, TokenState, Tower, ZeroLinear
+
+
+CONTEXTS = ("cube", "frame", "global")
+CHOICES = {
+    "fusion": ("separate", "add", "concat"),
+    "head": ("softmax", "sigmoid", "attention"),
+    "cube": ("local_mhra", "dwconv"),
+}
+
+
+def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
+    """`conv`, depth-wise 3x3x3 with padding 1 and stride (1, 1, 1) or (2, 1, 1), on channels-last x (B, T, h, w, C).
+
+    Computed as three 2-d convolutions, one for each tap in time, added with a shift: on CPUs several times faster than
+    torch's own 3-d one. Returns (B, T / stride, h, w, C).
+    """
+    B, T = x.shape[:2]
+    stride = conv.stride[0]
+    planes = x.flatten(0, 1).permute(0, 3, 1, 2).unflatten(0, (B, T))  # (B, T, C, h, w), a view
+
+    def tap(dt: int, frames: torch.Tensor) -> torch.Tensor:
+        weight = conv.weight[:, :, dt]  # (C, 1, 3, 3)
+        bias = conv.bias if dt == 1 else None
+        y = nn.functional.conv2d(frames.flatten(0, 1), weight, bias, padding=1, groups=weight.shape[0])
+        return y.unflatten(0, frames.shape[:2])
+
+    def shifted(y: torch.Tensor, before: int, after: int) -> torch.Tensor:
+        return nn.functional.pad(y, (0, 0, 0, 0, 0, 0, before, after))
+
+    if stride == 1:  # y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1]
+        y = tap(1, planes) + shifted(tap(0, planes[:, :-1]), 1, 0) + shifted(tap(2, planes[:, 1:]), 0, 1)
+    else:  # y[j] = w0 x[2j-1] + w1 x[2j] + w2 x[2j+1]
+        odd = planes[:, 1::2]
+        y = tap(1, planes[:, 0::2]) + shifted(tap(0, odd[:, :-1]), 1, 0) + tap(2, odd)
+    return y.permute(0, 1, 3, 4, 2)
+
+
+class Projection(nn.Sequential):
+    """T_{C->h} of Eq. 9 and 11: LayerNorm, linear, GELU."""
+
+    def __init__(self, width_in: int, width_out: int, eps: float):
+        super().__init__(nn.LayerNorm(width_in, eps=eps), NewLinear(width_in, width_out), nn.GELU())
+
+
+class TemporalPosition(nn.Module):
+    """X + sigma P (Eq. 8), with sigma from 0; P (T, 1, C) is interpolated along time for other numbers of frames."""
+
+    def __init__(self, num_frames: int, width: int):
+        super().__init__()
+        self.sigma = nn.Parameter(torch.zeros(1))  # one element and not a scalar: FSDP2 shards no scalars
+        self.P = nn.Parameter(torch.randn(num_frames, 1, width) * 0.02)
+
+    def initialize(self) -> None:
+        init.zeros_(self.sigma)
+        init.normal_(self.P, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        P = self.P
+        if x.shape[1] != P.shape[0]:
+            P = nn.functional.interpolate(P.permute(1, 2, 0), size=x.shape[1], mode="linear").permute(2, 0, 1)
+        return x + self.sigma * P
+
+
+class LocalUnit(nn.Module):
+    """UniFormerV2's local unit on patches (B, T, h, w, C), with a LayerNorm for its BatchNorm."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        reduced = int(width / 1.5)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.reduce = NewLinear(width, reduced)
+        self.conv = NewConv3d(reduced, reduced, kernel_size=3, padding=1, groups=reduced)
+        self.expand = NewLinear(reduced, width)
+
+    def forward(self, p: torch.Tensor) -> torch.Tensor:
+        return self.expand(depthwise_conv3d(self.reduce(self.norm(p)), self.conv))
+
+
+class LocalMHRA(nn.Module):
+    """F_cube as two of UniFormerV2's local units at the full frame rate, averaged over each pair of frames."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.unit1 = LocalUnit(width, eps)
+        self.unit2 = LocalUnit(width, eps)
+
+    def forward(self, p: torch.Tensor) -> torch.Tensor:
+        u1 = self.unit1(p)
+        u = u1 + self.unit2(p + u1)  # p2 - p
+        return (u[:, 0::2] + u[:, 1::2]) / 2
+
+
+class DepthwiseConv(NewConv3d):
+    """F_cube as Eq. 10 has it: one depth-wise 3x3x3 convolution, with stride 2 in time."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, kernel_size=3, stride=(2, 1, 1), padding=1, groups=width)
+
+    def forward(self, p: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv3d(p, self)
+
+
+class FrameContext(nn.Module):
+    """F_frame of each pair (Eq. 11): class tokens (B, T, C) -> (B, T/2, C)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.first = Projection(width, width // 2, eps)
+        self.second = Projection(width, width // 2, eps)
+        self.both = Projection(width, width, eps)
+
+    def forward(self, cls: torch.Tensor) -> torch.Tensor:
+        return self.both(torch.cat([self.first(cls[:, 0::2]), self.second(cls[:, 1::2])], dim=-1))
+
+
+class GlobalContext(nn.Module):
+    """F_global (Eq. 12, appendix B): class tokens (B, T, C) -> (B, C)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = NewConv1d(width, width, kernel_size=3, padding=1, groups=width)
+        self.conv2 = NewConv1d(width, width, kernel_size=3, padding=1, groups=width)
+        self.conv3 = NewConv1d(width, width, kernel_size=3, padding=1, groups=width)
+
+    def forward(self, cls: torch.Tensor) -> torch.Tensor:
+        g = cls.transpose(1, 2)  # (B, C, T)
+        for conv in (self.conv1, self.conv2):
+            # ceil_mode keeps a last single frame, so that any T >= 1 passes
+            g = nn.functional.gelu(nn.functional.max_pool1d(conv(g), kernel_size=2, stride=2, ceil_mode=True))
+        return nn.functional.gelu(self.conv3(g).mean(dim=-1))
+
+
+class InTI(FrameInterpolation):
+    """One inter-frame token interpolation phi (Eq. 4 to 13).
+
+    Args:
+        width: C.
+        num_frames: T for which the temporal position is learned; any other even T works by interpolation.
+        context: which of "cube", "frame" and "global" join the token level; one left out is zeros.
+        fusion: "separate" [F_token, sum of the contexts] (Eq. 13), "add" the sum of all, "concat" all side by side.
+        head: "softmax" over the two logits (Eq. 13), "sigmoid" of each, so that alpha + beta is not 1, or "attention",
+            a learned vector times each frame's half of the hidden features, then softmax.
+        cube: "local_mhra" or "dwconv" (Eq. 10 to the letter).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_frames: int,
+        *,
+        context: list[str] | tuple[str, ...] = CONTEXTS,
+        fusion: str = "separate",
+        head: str = "softmax",
+        cube: str = "local_mhra",
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.fusion, self.head = fusion, head
+        self.position = TemporalPosition(num_frames, width)
+        self.first = Projection(width, width // 2, eps)
+        self.second = Projection(width, width // 2, eps)
+        self.cube_context = self.frame_context = self.global_context = None
+        if "cube" in context:
+            self.cube_context = LocalMHRA(width, eps) if cube == "local_mhra" else DepthwiseConv(width)
+        if "frame" in context:
+            self.frame_context = FrameContext(width, eps)
+        if "global" in context:
+            self.global_context = GlobalContext(width)
+        self.hidden = NewLinear({"separate": 2, "add": 1, "concat": 4}[fusion] * width, width)
+        # From zero: training starts from the plain average of the pair.
+        self.logits = ZeroLinear(width // 2, 1, bias=False) if head == "attention" else ZeroLinear(width, 2)
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens x (B, T, 1+N, C), T even, N = rows * columns of `grid` -> z (B, T/2, 1+N, C), (B, T/2, 1+N, 2)."""
+        x = self.position(x)
+        first, second = x[:, 0::2], x[:, 1::2]
+        f_token = torch.cat([self.first(first), self.second(second)], dim=-1)  # (B, T/2, 1+N, C)
+        f_cube = f_frame = f_global = f_token.new_zeros(1).expand_as(f_token)
+        cls = x[:, :, 0]
+        if self.cube_context is not None:
+            patches = self.cube_context(x[:, :, 1:].unflatten(2, grid)).flatten(2, 3)
+            f_cube = nn.functional.pad(patches, (0, 0, 1, 0))  # the class token has no place on the grid
+        if self.frame_context is not None:
+            f_frame = self.frame_context(cls)[:, :, None].expand_as(f_token)
+        if self.global_context is not None:
+            f_global = self.global_context(cls)[:, None, None].expand_as(f_token)
+        weights = self._weights(f_token, f_cube, f_frame, f_global)
+        alpha, beta = weights[..., :1], weights[..., 1:]
+        return alpha * first + beta * second, weights  # Eq. 7
+
+    def _weights(self, f_token, f_cube, f_frame, f_global) -> torch.Tensor:
+        """Eq. 13 and Table 5b."""
+        if self.fusion == "concat":
+            features = torch.cat([f_token, f_cube, f_frame, f_global], dim=-1)
+        else:
+            f_context = f_cube + f_frame + f_global
+            features = f_token + f_context if self.fusion == "add" else torch.cat([f_token, f_context], dim=-1)
+        hidden = nn.functional.gelu(self.hidden(features))
+        if self.head == "attention":  # the first half speaks for the first frame, the second for the second
+            logits = self.logits(hidden.unflatten(-1, (2, -1))).squeeze(-1)
+        else:
+            logits = self.logits(hidden)
+        return logits.sigmoid() if self.head == "sigmoid" else logits.softmax(dim=-1)
+
+
+class InTICompression(Compression):
+    """InTI after each of `layers`: every one halves the number of frames.
+
+    Options as of `InTI`. Raises ValueError for a bad option, or where `tower.num_frames` cannot be halved often enough.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        layers: list[int],
+        *,
+        context: list[str] = CONTEXTS,
+        fusion: str = "separate",
+        head: str = "softmax",
+        cube: str = "local_mhra",
+    ):
+        super().__init__(tower, layers)
+        self.layers = list(layers)
+        self.stages = nn.ModuleList(
+            InTI(
+                tower.hidden_size,
+                tower.num_frames // 2**stage,
+                context=context,
+                fusion=fusion,
+                head=head,
+                cube=cube,
+                eps=tower.layer_norm_eps,
+            )
+            for stage in range(len(layers))
+        )
+
+    @classmethod
+    def check_options(cls, tower: Tower, **options) -> None:
+        super().check_options(tower, **options)
+        for name, valid in CHOICES.items():
+            if name in options and options[name] not in valid:
+                raise ValueError(f"InTI option {name} must be one of {', '.join(valid)}, got {options[name]!r}.")
+        context = options.get("context", [])
+        if not isinstance(context, (list, tuple)) or len(set(context) & set(CONTEXTS)) != len(context):
+            raise ValueError(
+                f"InTI option context must be a list of distinct names out of {', '.join(CONTEXTS)} "
+                f"(an empty list for the tokens alone), got {context!r}."
+            )
+        if tower.hidden_size % 2:
+            raise ValueError(f"InTI needs an even hidden_size, got {tower.hidden_size}.")
+
+    @property
+    def frame_multiple(self) -> int:
+        return 2 ** len(self.layers)
+
+    def after_block(self, i: int, x, keys, state: TokenState):
+        if i in self.layers:
+            x, _ = self.stages[self.layers.index(i)](x, state.grid)
+        return x, state

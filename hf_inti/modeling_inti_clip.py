@@ -1,0 +1,334 @@
+"""InTI-CLIP: CLIP's vision tower on video, with a compression and an adaptation of the user's choice.
+
+B clips, T frames, L tokens per frame (the class token first), D width, H heads. The tower is transformers' own CLIP;
+what differs: tokens are carried as (B, T, L, D), attention also returns the keys that some methods read, and the
+methods of `compression.py` and `adaptation.py` are called at the hooks of `token_state.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import (
+    CLIPAttention,
+    CLIPEncoder,
+    CLIPEncoderLayer,
+    CLIPPreTrainedModel,
+    CLIPVisionEmbeddings,
+    CLIPVisionModel,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .adaptation import ADAPTATIONS
+from .compression import COMPRESSIONS
+from .configuration_inti_clip import InTIClipVisionConfig
+from .token_state import Adaptation, Compression, FrameInterpolation, TokenState, drop_path
+
+
+@dataclass
+class InTIClipVisionOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T', L', D)`): the last block's tokens.
+        pooler_output (`torch.FloatTensor` of shape `(B, D)`): the video feature that a classifier sees.
+        hidden_states (*optional*): the embeddings, then each block's output before the compression that follows, each
+            `(B, T_i, L_i, D)`.
+        attentions (*optional*): the spatial attention of each block, `(B * T_i, H, L_i, L_i)`.
+        interpolation_weights (*optional*, with `output_interpolation_weights=True`): of each interpolation of frames,
+            alpha and beta as `(B, T_out, L, 2)`.
+    """
+
+    interpolation_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class InTIClipVideoClassifierOutput(ImageClassifierOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, with `labels`): cross-entropy.
+        logits (`torch.FloatTensor` of shape `(B, num_labels)`): before SoftMax.
+        hidden_states, attentions, interpolation_weights: as of [`InTIClipVisionOutput`].
+    """
+
+    interpolation_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+class InTIClipVisionEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's embeddings of each frame: pixels (B, T, C, height, width) -> tokens (B, T, 1+N, D) and the patch grid."""
+
+    def forward(self, pixel_values, adaptation: Adaptation, interpolate_pos_encoding: bool = False):
+        height, width = pixel_values.shape[-2:]
+        if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pixel_values are {height} x {width} pixels, this model was made for {self.image_size} x "
+                f"{self.image_size}; resize them or pass interpolate_pos_encoding=True."
+            )
+        patches = adaptation.embed_patches(pixel_values.to(self.patch_embedding.weight.dtype), self.patch_embedding)
+        grid = (patches.shape[-2], patches.shape[-1])
+        patches = patches.flatten(3).transpose(2, 3)  # (B, T, N, D)
+        x = torch.cat([self.class_embedding.expand(*patches.shape[:2], 1, -1), patches], dim=2)
+        if interpolate_pos_encoding:
+            return x + self.interpolate_pos_encoding(x[:, 0], height, width), grid
+        return x + self.position_embedding(self.position_ids), grid
+
+
+class InTIClipAttention(CLIPAttention):
+    """CLIP's attention within each frame, which lets a method change keys and values and returns what it reads."""
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        key_bias: torch.Tensor | None = None,
+        key_value: Callable | None = None,
+        feature: str | None = None,
+        **kwargs,
+    ):
+        """x (B, T, L, D) -> output (B, T, L, D), weights (B*T, H, L, L) or None, feature (B, T, L, D) or None."""
+        projected = {"query": self.q_proj(x), "key": self.k_proj(x), "value": self.v_proj(x)}
+        if key_value is not None:
+            projected["key"], projected["value"] = key_value(projected["key"], projected["value"])
+        heads = [t.flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected.values()]
+        implementation = self.config._attn_implementation
+        mask = None
+        if key_bias is not None:
+            if "flash" in implementation:
+                raise ValueError(
+                    f"this compression adds a bias to the attention, which {implementation} has no way to take; "
+                    'load the model with attn_implementation="sdpa".'
+                )
+            mask = key_bias.flatten(0, 1)[:, None, None].to(x.dtype)  # (B*T, 1, 1, L)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
+        out, weights = interface(self, *heads, mask, scaling=self.scale, dropout=dropout, **kwargs)
+        out = self.out_proj(out.reshape(x.shape))
+        return out, weights, projected[feature] if feature is not None else None
+
+    def forward(self, x: torch.Tensor, key_bias=None, key_value=None, feature=None, **kwargs):
+        return self.attend(x, key_bias, key_value, feature, **kwargs)
+
+
+class InTIClipEncoderLayer(CLIPEncoderLayer):
+    """CLIP's block on tokens (B, T, L, D), with the hooks of both methods."""
+
+    def __init__(self, config: InTIClipVisionConfig, i: int):
+        super().__init__(config)
+        self.self_attn = InTIClipAttention(config)
+        self.i = i  # counted from 1
+        self.drop_path_rate = config.drop_path_rate * (i - 1) / max(config.num_hidden_layers - 1, 1)
+
+    def forward(self, x, state: TokenState, compression: Compression, adaptation: Adaptation, **kwargs):
+        """-> x (B, T, L', D), the feature that the compression reads (B, T, L, D) or None, state."""
+        i = self.i
+        x = adaptation.before_attention(i, x, state, self._normed_attention)
+        h = adaptation.branch_in(i, self.layer_norm1(x))
+        h, _, feature = self.self_attn(
+            h,
+            key_bias=compression.key_bias(state),
+            key_value=partial(adaptation.key_value, i, state=state),
+            feature=compression.features,
+            **kwargs,
+        )
+        x = x + drop_path(adaptation.branch_out(i, h), self.drop_path_rate, self.training)
+        x, state = compression.inside_block(i, x, feature, state)
+        x = adaptation.before_mlp(i, x, state)
+        h = adaptation.mlp(i, self.layer_norm2(x), self.mlp)
+        return x + drop_path(h, self.drop_path_rate, self.training), feature, state
+
+    def _normed_attention(self, h: torch.Tensor) -> torch.Tensor:
+        # Not through __call__: a second recorded attention per block would be taken for another block's.
+        return self.self_attn.attend(self.layer_norm1(h))[0]
+
+
+class InTIClipEncoder(CLIPEncoder):
+    """The blocks, the compression after them and the adaptation beside them."""
+
+    def __init__(self, config: InTIClipVisionConfig):
+        nn.Module.__init__(self)  # CLIP's own would build blocks only to have them replaced
+        self.config = config
+        self.layers = nn.ModuleList(InTIClipEncoderLayer(config, i + 1) for i in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, x, state: TokenState, compression: Compression, adaptation: Adaptation, **kwargs):
+        """Tokens (B, T, L, D) -> tokens (B, T', L', D) and the adaptation's side stream."""
+        x, state = compression.after_block(0, x, None, state)
+        side = adaptation.start(x)
+        for layer in self.layers:
+            x, feature, state = layer(x, state, compression, adaptation, **kwargs)
+            x, state = compression.after_block(layer.i, x, feature, state)
+            side = adaptation.after_block(layer.i, x, state, side)
+        return x, side
+
+
+class InTIClipPreTrainedModel(CLIPPreTrainedModel):
+    config: InTIClipVisionConfig
+    config_class = InTIClipVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("video",)
+    _no_split_modules = ["InTIClipVisionEmbeddings", "InTIClipEncoderLayer", "FrameInterpolation", "InTI"]
+    _supports_flex_attn = False
+    _can_record_outputs = {
+        # The embeddings are taken from behind the first LayerNorm and not from the first block's input, which a
+        # compression before it would have changed.
+        "hidden_states": [
+            OutputRecorder(None, class_name="pre_layrnorm", capture_initial_hidden_state=False),
+            OutputRecorder(InTIClipEncoderLayer, capture_initial_hidden_state=False),
+        ],
+        "attentions": InTIClipAttention,
+        "interpolation_weights": OutputRecorder(FrameInterpolation, index=1),
+    }
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_model\.",
+        r"^(visual|text)_projection\.",
+        r"^logit_scale$",
+        r"position_ids$",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "initialize"):
+            module.initialize()
+        else:
+            super()._init_weights(module)
+
+    def merge_adapters(self) -> None:
+        """Fold the adaptation's adapters into the blocks, so that inference costs what the plain tower costs.
+
+        The configuration records it, so that the merged model is saved and loaded as such. Raises ValueError where the
+        adaptation has nothing to fold.
+        """
+        model = self.base_model
+        options = model.adaptation.merge(model.encoder.layers)
+        self.config.adaptation_options = options
+        model.adaptation = ADAPTATIONS[self.config.adaptation](self.config.tower, **options)
+
+
+class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
+    """CLIP's vision tower on video.
+
+    `from_pretrained` takes its own checkpoints and, with `config=InTIClipVisionConfig.from_clip(...)`, any of CLIP's.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [*InTIClipPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^classifier\."]
+
+    def __init__(self, config: InTIClipVisionConfig):
+        CLIPPreTrainedModel.__init__(self, config)  # CLIPVisionModel's would build a whole tower to be replaced
+        config.check()
+        self.embeddings = InTIClipVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = InTIClipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.compression = COMPRESSIONS[config.compression](
+            config.tower, config.compression_layers, **config.compression_options
+        )
+        self.adaptation = ADAPTATIONS[config.adaptation](config.tower, **config.adaptation_options)
+        self.post_init()
+        trained = self.adaptation.trained_parameters()
+        if trained is not None:
+            prefixes = ("compression.", "adaptation.", *trained)
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name.startswith(prefixes))
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = False,
+        **kwargs,
+    ) -> InTIClipVisionOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, T, num_channels, height, width)`):
+                Normalised frames. T may differ from `config.num_frames`, but the compression has to be able to halve it.
+            interpolate_pos_encoding (`bool`):
+                Accept frames of another size than the tower was made for.
+            output_hidden_states, output_attentions, output_interpolation_weights (`bool`):
+                What else to return; attentions need `attn_implementation="eager"`.
+
+        Raises ValueError for another shape or number of frames, saying which would do.
+        """
+        self._check_input(pixel_values)
+        x, grid = self.embeddings(pixel_values, self.adaptation, interpolate_pos_encoding)
+        x = self.pre_layrnorm(self.adaptation.on_embeddings(x))
+        state = TokenState(num_class_tokens=1, grid=grid)
+        x, side = self.encoder(x, state, self.compression, self.adaptation, **kwargs)
+        pooled = self.adaptation.pool(x, side, self.post_layernorm)
+        return InTIClipVisionOutput(last_hidden_state=x, pooler_output=pooled)
+
+    def _check_input(self, pixel_values: torch.Tensor | None) -> None:
+        if pixel_values is None:
+            raise ValueError("pixel_values are missing: pass frames of shape (B, T, channels, height, width).")
+        channels = self.config.num_channels
+        if pixel_values.dim() != 5 or pixel_values.shape[2] != channels:
+            raise ValueError(
+                f"pixel_values must have the shape (B, T, {channels}, height, width), got {tuple(pixel_values.shape)}"
+                + ("; add the batch dimension with [None]." if pixel_values.dim() == 4 else ".")
+            )
+        T, multiple = pixel_values.shape[1], self.compression.frame_multiple
+        if T % multiple or T == 0:
+            near = sorted({max(T // multiple * multiple, multiple), (T // multiple + 1) * multiple})
+            raise ValueError(
+                f"got {T} frames, but compression {self.config.compression!r} needs a multiple of {multiple}; the "
+                f"nearest that work: {' and '.join(map(str, near))}."
+            )
+
+
+class InTIClipForVideoClassification(InTIClipPreTrainedModel):
+    """The tower with dropout and a linear classifier on the video feature."""
+
+    def __init__(self, config: InTIClipVisionConfig):
+        super().__init__(config)
+        self.loss_type = "ForVideoClassification"  # by class name alone, a subclass of this could lose it
+        self.num_labels = config.num_labels
+        self.vision_model = InTIClipVisionModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = False,
+        **kwargs,
+    ) -> InTIClipVideoClassifierOutput:
+        r"""
+        Args:
+            pixel_values, interpolate_pos_encoding, output_*: as of [`InTIClipVisionModel`].
+            labels (`torch.LongTensor` of shape `(B,)`): classes from 0 to `config.num_labels - 1`, for the loss.
+        """
+        outputs: InTIClipVisionOutput = self.vision_model(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            self._check_labels(labels)
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return InTIClipVideoClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            interpolation_weights=outputs.interpolation_weights,
+        )
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        # Where the labels are on an accelerator, looking at them would make every step wait for it.
+        if labels.is_floating_point() or labels.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        outside = labels[(labels >= self.num_labels) | ((labels < 0) & (labels != -100))]
+        if self.num_labels > 1 and outside.numel():
+            raise ValueError(
+                f"got label {outside[0].item()}, but this model has {self.num_labels} classes (0 to "
+                f"{self.num_labels - 1}); load it with num_labels={int(outside.max()) + 1} or more, or check the labels."
+            )

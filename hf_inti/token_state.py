@@ -1,0 +1,235 @@
+"""The contract between the model and its methods: the token state and the two base classes.
+
+Letters used in the whole package: B clips, T frames, L tokens per frame (the class token first, then N patches in
+row-major order), D (the papers' C) width, H heads. Blocks are counted from 1, as the papers do; 0 is the place before
+the first block.
+
+Every hook is the identity by default. A method overrides those that it needs, keeps nothing between calls, and never
+learns about the configuration: what it may know of the tower comes as a `Tower`, its own options as keyword arguments.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class Tower(NamedTuple):
+    """The numbers of the CLIP tower for which a method is built."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_frames: int
+    patch_size: int
+    num_channels: int
+    hidden_act: str
+    layer_norm_eps: float
+    drop_path_rate: float
+
+
+class TokenState(NamedTuple):
+    """What is known of tokens (B, T, L, D) besides their values.
+
+    `positions` (B, T, L - num_class_tokens) holds each patch token's place on the grid in row-major order and `sizes`
+    (B, T, L) the number of patches merged into each token; None means every patch in its place, each of size 1.
+    """
+
+    num_class_tokens: int
+    grid: tuple[int, int]
+    positions: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+
+
+def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """Stochastic depth: drop the whole branch `x` (B, ...) of a clip with probability `rate` (Huang et al., 2016)."""
+    if not training or rate == 0.0:
+        return x
+    return x * nn.functional.dropout(x.new_ones(x.shape[0], *[1] * (x.dim() - 1)), p=rate)
+
+
+# transformers initialises parameters leaf by leaf and skips modules that hold none themselves, so the initial value of
+# a new parameter belongs to the leaf that owns it: the model calls `initialize` wherever a leaf has it. The functions
+# of `transformers.initialization` leave loaded weights alone; raw in-place writes would not.
+
+
+def _initialize_like_torch(module: nn.Linear | nn.Conv1d | nn.Conv3d) -> None:
+    init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+    if module.bias is not None:
+        bound = 1 / math.sqrt(module.weight[0].numel())
+        init.uniform_(module.bias, -bound, bound)
+
+
+class NewLinear(nn.Linear):
+    """A linear layer that CLIP does not have; torch's own initial values, so that its output keeps its scale."""
+
+    initialize = _initialize_like_torch
+
+
+class NewConv1d(nn.Conv1d):
+    """A 1-d convolution that CLIP does not have; torch's own initial values."""
+
+    initialize = _initialize_like_torch
+
+
+class NewConv3d(nn.Conv3d):
+    """A 3-d convolution that CLIP does not have; torch's own initial values."""
+
+    initialize = _initialize_like_torch
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    def initialize(self) -> None:
+        init.zeros_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
+class _Method(nn.Module):
+    """What compressions and adaptations share: options are the keyword-only arguments of `__init__`."""
+
+    def __init__(self, tower: Tower, **options):
+        super().__init__()
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+    @classmethod
+    def check_options(cls, tower: Tower, **options) -> None:
+        """Raise a ValueError for an option that this method does not have or that has a bad value."""
+        valid = cls.option_names()
+        for name in options:
+            if name not in valid:
+                raise ValueError(
+                    f"{cls.__name__} has no option {name!r}; "
+                    + (f"its options are {', '.join(valid)}." if valid else "it takes no options.")
+                )
+
+
+class Compression(_Method):
+    """Fewer tokens: frames merged, or tokens of a frame merged or dropped. Its parameters always train."""
+
+    uses_layers = True  # whether it stands after the blocks named in `compression_layers`
+    keeps_grid = True  # whether a token stays at its place, the same in every frame
+    features: str | None = None  # what it reads of the attention: "query", "key" or "value"
+
+    def __init__(self, tower: Tower, layers: list[int], **options):
+        super().__init__(tower, **options)
+
+    @classmethod
+    def check_layers(cls, tower: Tower, layers: list[int]) -> None:
+        """Raise a ValueError unless `layers` are distinct ascending positions from 0 to the depth."""
+        depth = tower.num_hidden_layers
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= depth for i in layers):
+            raise ValueError(
+                f"compression_layers must name blocks from 0 (before the first) to {depth} (the depth of this tower), "
+                f"got {layers}."
+            )
+        if sorted(set(layers)) != list(layers):
+            raise ValueError(
+                f"compression_layers must be in ascending order without repeats, got {layers}; "
+                f"use {sorted(set(layers))}."
+            )
+
+    @property
+    def frame_multiple(self) -> int:
+        """The number of frames has to be a multiple of this."""
+        return 1
+
+    def key_bias(self, state: TokenState) -> torch.Tensor | None:
+        """A bias (B, T, L) added to every query's logit for each key, such as ToMe's log size."""
+        return None
+
+    def inside_block(self, i: int, x, keys, state: TokenState):
+        """Between attention and MLP of block i: x (B, T, L, D), keys (B, T, L, D) or None -> x, state."""
+        return x, state
+
+    def after_block(self, i: int, x, keys, state: TokenState):
+        """After block i, and with i = 0 and no keys before the first: x (B, T, L, D) -> x, state."""
+        return x, state
+
+
+class NoCompression(Compression):
+    """Every frame passes through the whole tower."""
+
+    uses_layers = False
+
+
+class FrameInterpolation(GradientCheckpointingLayer):
+    """Base of the modules that merge pairs of frames with weights.
+
+    `forward` takes x (B, T, L, D) and more, and returns the merged tokens (B, T/2, L, D) with the weights alpha and
+    beta (B, T/2, L, 2); the model records the latter for `output_interpolation_weights`.
+    """
+
+
+class Adaptation(_Method):
+    """Modules that let the image tower see time."""
+
+    needs_grid = False  # whether it needs the same token at the same place in every frame
+
+    def embed_patches(self, pixel_values: torch.Tensor, patch_embedding: nn.Conv2d) -> torch.Tensor:
+        """Pixels (B, T, C, height, width) -> patches (B, T', D, rows, columns); may reduce the number of frames."""
+        return patch_embedding(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
+
+    def on_embeddings(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T, L, D) with their spatial positions, before CLIP's first LayerNorm."""
+        return x
+
+    def start(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The start value of `side`, a second stream that reads the blocks' outputs."""
+        return None
+
+    def before_attention(self, i: int, x, state: TokenState, attend: Callable) -> torch.Tensor:
+        """On the residual stream x (B, T, L, D). `attend(h)` is block i's LayerNorm and attention on h (b, t, l, D)."""
+        return x
+
+    def branch_in(self, i: int, h: torch.Tensor) -> torch.Tensor:
+        """The normalised input (B, T, L, D) of block i's attention."""
+        return h
+
+    def key_value(self, i: int, k: torch.Tensor, v: torch.Tensor, state: TokenState):
+        """Keys and values (B, T, L, D) of block i, heads side by side."""
+        return k, v
+
+    def branch_out(self, i: int, h: torch.Tensor) -> torch.Tensor:
+        """The output (B, T, L, D) of block i's attention before it is added."""
+        return h
+
+    def before_mlp(self, i: int, x: torch.Tensor, state: TokenState) -> torch.Tensor:
+        """On the residual stream x (B, T, L, D) between attention and MLP."""
+        return x
+
+    def mlp(self, i: int, h: torch.Tensor, mlp: Callable) -> torch.Tensor:
+        """Block i's MLP on the normalised h (B, T, L, D)."""
+        return mlp(h)
+
+    def after_block(self, i: int, x, state: TokenState, side: torch.Tensor | None) -> torch.Tensor | None:
+        """Update `side` from block i's output x (B, T, L, D), after the compression that follows the block."""
+        return side
+
+    def pool(self, x: torch.Tensor, side: torch.Tensor | None, post_layernorm: nn.LayerNorm) -> torch.Tensor:
+        """Tokens (B, T, L, D) -> video feature (B, D); by default the mean over frames of the normalised class token."""
+        return post_layernorm(x[:, :, 0]).mean(dim=1)
+
+    def trained_parameters(self) -> list[str] | None:
+        """Names of the tower's parameters that train besides the method's own (a prefix is enough); None: all."""
+        return None
+
+    def merge(self, layers: nn.ModuleList) -> dict:
+        """Fold the adapters into the blocks; returns the options under which the merged model is built again."""
+        raise ValueError(f"{type(self).__name__} has no adapters that could be merged into the tower.")
+
+
+class NoAdaptation(Adaptation):
+    """CLIP's blocks as they are."""
