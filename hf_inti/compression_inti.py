@@ -47,6 +47,16 @@ def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
     return y.permute(0, 1, 3, 4, 2)
 
 
+def max_pool_pairs(g: torch.Tensor) -> torch.Tensor:
+    """Max-pooling over time with kernel and stride 2, g (B, C, T) -> (B, C, ceil(T / 2)).
+
+    A last single frame is kept, so that any T >= 1 passes. torch's max_pool1d does the same with `ceil_mode`, but
+    `torch.export` cannot keep T dynamic through it.
+    """
+    g = nn.functional.pad(g, (0, g.shape[-1] % 2), value=float("-inf"))
+    return g.unflatten(-1, (-1, 2)).amax(dim=-1)
+
+
 class Projection(nn.Sequential):
     """T_{C->h} of Eq. 9 and 11: LayerNorm, linear, GELU."""
 
@@ -68,7 +78,8 @@ class TemporalPosition(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         P = self.P
-        if x.shape[1] != P.shape[0]:
+        # An exported program has no branches: there P is always interpolated, to the same values where T is its own.
+        if torch.compiler.is_exporting() or x.shape[1] != P.shape[0]:
             P = nn.functional.interpolate(P.permute(1, 2, 0), size=x.shape[1], mode="linear").permute(2, 0, 1)
         return x + self.sigma * P
 
@@ -137,8 +148,7 @@ class GlobalContext(nn.Module):
     def forward(self, cls: torch.Tensor) -> torch.Tensor:
         g = cls.transpose(1, 2)  # (B, C, T)
         for conv in (self.conv1, self.conv2):
-            # ceil_mode keeps a last single frame, so that any T >= 1 passes
-            g = nn.functional.gelu(nn.functional.max_pool1d(conv(g), kernel_size=2, stride=2, ceil_mode=True))
+            g = nn.functional.gelu(max_pool_pairs(conv(g)))
         return nn.functional.gelu(self.conv3(g).mean(dim=-1))
 
 
