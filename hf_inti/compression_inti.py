@@ -7,9 +7,18 @@ with weights alpha and beta predicted from four contexts. The paper's C is the w
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
-from .token_state import Compression, FrameInterpolation, NewConv1d, NewConv3d, NewLinear, TokenState, Tower, ZeroLinear
+from .token_state import (
+    Compression,
+    FrameInterpolation,
+    New,
+    NewConv1d,
+    NewConv3d,
+    NewLinear,
+    TokenState,
+    Tower,
+    ZeroLinear,
+)
 
 
 CONTEXTS = ("cube", "frame", "global")
@@ -36,14 +45,14 @@ def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
         y = nn.functional.conv2d(frames.flatten(0, 1), weight, bias, padding=1, groups=weight.shape[0])
         return y.unflatten(0, frames.shape[:2])
 
-    def shifted(y: torch.Tensor, before: int, after: int) -> torch.Tensor:
-        return nn.functional.pad(y, (0, 0, 0, 0, 0, 0, before, after))
+    def later(y: torch.Tensor, frames: int) -> torch.Tensor:  # with zeros where nothing comes in
+        return nn.functional.pad(y, (0, 0, 0, 0, 0, 0, frames, -frames))
 
     if stride == 1:  # y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1]
-        y = tap(1, planes) + shifted(tap(0, planes[:, :-1]), 1, 0) + shifted(tap(2, planes[:, 1:]), 0, 1)
+        y = later(tap(0, planes), 1) + tap(1, planes) + later(tap(2, planes), -1)
     else:  # y[j] = w0 x[2j-1] + w1 x[2j] + w2 x[2j+1]
-        odd = planes[:, 1::2]
-        y = tap(1, planes[:, 0::2]) + shifted(tap(0, odd[:, :-1]), 1, 0) + tap(2, odd)
+        even, odd = planes[:, 0::2], planes[:, 1::2]
+        y = later(tap(0, odd), 1) + tap(1, even) + tap(2, odd)
     return y.permute(0, 1, 3, 4, 2)
 
 
@@ -64,17 +73,18 @@ class Projection(nn.Sequential):
         super().__init__(nn.LayerNorm(width_in, eps=eps), NewLinear(width_in, width_out), nn.GELU())
 
 
-class TemporalPosition(nn.Module):
+class TemporalPosition(New, nn.Module):
     """X + sigma P (Eq. 8), with sigma from 0; P (T, 1, C) is interpolated along time for other numbers of frames."""
 
     def __init__(self, num_frames: int, width: int):
         super().__init__()
-        self.sigma = nn.Parameter(torch.zeros(1))  # one element and not a scalar: FSDP2 shards no scalars
-        self.P = nn.Parameter(torch.randn(num_frames, 1, width) * 0.02)
+        self.sigma = nn.Parameter(torch.empty(1))  # one element and not a scalar: FSDP2 shards no scalars
+        self.P = nn.Parameter(torch.empty(num_frames, 1, width))
+        self.reset_parameters()
 
-    def initialize(self) -> None:
-        init.zeros_(self.sigma)
-        init.normal_(self.P, std=0.02)
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.sigma)
+        nn.init.normal_(self.P, std=0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         P = self.P
@@ -228,7 +238,7 @@ class InTI(FrameInterpolation):
 class InTICompression(Compression):
     """InTI after each of `layers`: every one halves the number of frames.
 
-    Options as of `InTI`. Raises ValueError for a bad option, or where `tower.num_frames` cannot be halved often enough.
+    Options as of `InTI`; a bad one is a ValueError.
     """
 
     def __init__(
@@ -258,7 +268,6 @@ class InTICompression(Compression):
 
     @classmethod
     def check_options(cls, tower: Tower, **options) -> None:
-        super().check_options(tower, **options)
         for name, valid in CHOICES.items():
             if name in options and options[name] not in valid:
                 raise ValueError(f"InTI option {name} must be one of {', '.join(valid)}, got {options[name]!r}.")
@@ -271,9 +280,9 @@ class InTICompression(Compression):
         if tower.hidden_size % 2:
             raise ValueError(f"InTI needs an even hidden_size, got {tower.hidden_size}.")
 
-    @property
-    def frame_multiple(self) -> int:
-        return 2 ** len(self.layers)
+    @classmethod
+    def frame_multiple(cls, layers: list[int]) -> int:
+        return 2 ** len(layers)
 
     def after_block(self, i: int, x, keys, state: TokenState):
         if i in self.layers:

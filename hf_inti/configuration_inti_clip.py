@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, PreTrainedConfig
 
 from .adaptation import ADAPTATIONS
 from .compression import COMPRESSIONS
-from .token_state import Tower
+from .token_state import Tower, check_frames
 
 
 def _lists(value):
@@ -90,7 +90,16 @@ class InTIClipVisionConfig(CLIPVisionConfig):
     @property
     def tower(self) -> Tower:
         """What methods may know of the tower."""
-        return Tower(**{name: getattr(self, name) for name in Tower._fields})
+        values = {name: getattr(self, name) for name in Tower._fields}
+        divided = ADAPTATIONS[self.adaptation].frame_multiple(**self.adaptation_options)
+        return Tower(**{**values, "num_frames": self.num_frames // divided})
+
+    @property
+    def frame_multiple(self) -> int:
+        """The number of frames of a clip has to be a multiple of this."""
+        compression, adaptation = COMPRESSIONS[self.compression], ADAPTATIONS[self.adaptation]
+        layers = self.compression_layers if compression.uses_layers else []
+        return compression.frame_multiple(layers) * adaptation.frame_multiple(**self.adaptation_options)
 
     def check(self) -> None:
         """Raise a ValueError, of one line, for what does not fit together; also called when a model is built."""
@@ -106,10 +115,13 @@ class InTIClipVisionConfig(CLIPVisionConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}.")
         compression, adaptation = COMPRESSIONS[self.compression], ADAPTATIONS[self.adaptation]
-        compression.check_options(self.tower, **self.compression_options)
-        adaptation.check_options(self.tower, **self.adaptation_options)
+        # Names first: what is asked of a method below takes its options as keyword arguments.
+        for method, options in ((compression, self.compression_options), (adaptation, self.adaptation_options)):
+            method.check_option_names(options)
+            method.check_options(self.tower, **options)
         if compression.uses_layers:
             compression.check_layers(self.tower, self.compression_layers)
+        check_frames(self.num_frames, self.frame_multiple)
         if adaptation.needs_grid and not compression.keeps_grid:
             raise ValueError(
                 f"adaptation {self.adaptation!r} needs the same token at the same place in every frame, which "

@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .adaptation import ADAPTATIONS
 from .compression import COMPRESSIONS
 from .configuration_inti_clip import InTIClipVisionConfig
-from .token_state import Adaptation, Compression, FrameInterpolation, TokenState, drop_path
+from .token_state import Adaptation, Compression, FrameInterpolation, New, TokenState, check_frames, drop_path
 
 
 @dataclass
@@ -193,8 +193,8 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "initialize"):
-            module.initialize()
+        if isinstance(module, New):
+            module.reset_parameters()
         else:
             super()._init_weights(module)
 
@@ -272,13 +272,7 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
                 f"pixel_values must have the shape (B, T, {channels}, height, width), got {tuple(pixel_values.shape)}"
                 + ("; add the batch dimension with [None]." if pixel_values.dim() == 4 else ".")
             )
-        T, multiple = pixel_values.shape[1], self.compression.frame_multiple
-        if T % multiple or T == 0:
-            near = sorted({max(T // multiple * multiple, multiple), (T // multiple + 1) * multiple})
-            raise ValueError(
-                f"got {T} frames, but compression {self.config.compression!r} needs a multiple of {multiple}; the "
-                f"nearest that work: {' and '.join(map(str, near))}."
-            )
+        check_frames(pixel_values.shape[1], self.config.frame_multiple)
 
 
 class InTIClipForVideoClassification(InTIClipPreTrainedModel):

@@ -9,13 +9,11 @@ learns about the configuration: what it may know of the tower comes as a `Tower`
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -26,7 +24,7 @@ class Tower(NamedTuple):
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_frames: int
+    num_frames: int  # in training, and after the patch embedding
     patch_size: int
     num_channels: int
     hidden_act: str
@@ -47,6 +45,17 @@ class TokenState(NamedTuple):
     sizes: torch.Tensor | None = None
 
 
+def check_frames(num_frames: int, multiple: int) -> None:
+    """Raise a ValueError that names the nearest numbers of frames, unless `num_frames` is a multiple of `multiple`."""
+    if num_frames % multiple or num_frames == 0:
+        below = num_frames // multiple * multiple
+        near = [n for n in (below, below + multiple) if n > 0]
+        raise ValueError(
+            f"got {num_frames} frames, but this compression and adaptation need a multiple of {multiple}; the nearest "
+            f"that work: {' and '.join(map(str, near))}."
+        )
+
+
 def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
     """Stochastic depth: drop the whole branch `x` (B, ...) of a clip with probability `rate` (Huang et al., 2016)."""
     if not training or rate == 0.0:
@@ -54,43 +63,34 @@ def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
     return x * nn.functional.dropout(x.new_ones(x.shape[0], *[1] * (x.dim() - 1)), p=rate)
 
 
-# transformers initialises parameters leaf by leaf and skips modules that hold none themselves, so the initial value of
-# a new parameter belongs to the leaf that owns it: the model calls `initialize` wherever a leaf has it. The functions
-# of `transformers.initialization` leave loaded weights alone; raw in-place writes would not.
+class New:
+    """A leaf module that CLIP does not have, and which therefore starts from its own `reset_parameters`.
+
+    transformers initialises parameters leaf by leaf and passes over modules that hold none themselves, so a new
+    parameter's initial value belongs to the leaf that owns it: the model resets every leaf of this kind, and
+    transformers sees to it that torch's initialisers leave loaded values alone meanwhile.
+    """
 
 
-def _initialize_like_torch(module: nn.Linear | nn.Conv1d | nn.Conv3d) -> None:
-    init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    if module.bias is not None:
-        bound = 1 / math.sqrt(module.weight[0].numel())
-        init.uniform_(module.bias, -bound, bound)
+class NewLinear(New, nn.Linear):
+    """With torch's own initial values, under which the output keeps its scale at any width."""
 
 
-class NewLinear(nn.Linear):
-    """A linear layer that CLIP does not have; torch's own initial values, so that its output keeps its scale."""
-
-    initialize = _initialize_like_torch
+class NewConv1d(New, nn.Conv1d):
+    """With torch's own initial values."""
 
 
-class NewConv1d(nn.Conv1d):
-    """A 1-d convolution that CLIP does not have; torch's own initial values."""
-
-    initialize = _initialize_like_torch
+class NewConv3d(New, nn.Conv3d):
+    """With torch's own initial values."""
 
 
-class NewConv3d(nn.Conv3d):
-    """A 3-d convolution that CLIP does not have; torch's own initial values."""
-
-    initialize = _initialize_like_torch
-
-
-class ZeroLinear(nn.Linear):
+class ZeroLinear(New, nn.Linear):
     """A linear layer that starts at zero."""
 
-    def initialize(self) -> None:
-        init.zeros_(self.weight)
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
         if self.bias is not None:
-            init.zeros_(self.bias)
+            nn.init.zeros_(self.bias)
 
 
 class _Method(nn.Module):
@@ -100,20 +100,20 @@ class _Method(nn.Module):
         super().__init__()
 
     @classmethod
-    def option_names(cls) -> list[str]:
+    def check_option_names(cls, options: dict) -> None:
+        """Raise a ValueError for an option that this method does not have."""
         parameters = inspect.signature(cls.__init__).parameters.values()
-        return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-
-    @classmethod
-    def check_options(cls, tower: Tower, **options) -> None:
-        """Raise a ValueError for an option that this method does not have or that has a bad value."""
-        valid = cls.option_names()
+        valid = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
         for name in options:
             if name not in valid:
                 raise ValueError(
                     f"{cls.__name__} has no option {name!r}; "
                     + (f"its options are {', '.join(valid)}." if valid else "it takes no options.")
                 )
+
+    @classmethod
+    def check_options(cls, tower: Tower, **options) -> None:
+        """Raise a ValueError for an option with a bad value."""
 
 
 class Compression(_Method):
@@ -141,9 +141,9 @@ class Compression(_Method):
                 f"use {sorted(set(layers))}."
             )
 
-    @property
-    def frame_multiple(self) -> int:
-        """The number of frames has to be a multiple of this."""
+    @classmethod
+    def frame_multiple(cls, layers: list[int]) -> int:
+        """The number of frames that it takes has to be a multiple of this."""
         return 1
 
     def key_bias(self, state: TokenState) -> torch.Tensor | None:
@@ -177,6 +177,11 @@ class Adaptation(_Method):
     """Modules that let the image tower see time."""
 
     needs_grid = False  # whether it needs the same token at the same place in every frame
+
+    @classmethod
+    def frame_multiple(cls, **options) -> int:
+        """By how much `embed_patches` divides the number of frames."""
+        return 1
 
     def embed_patches(self, pixel_values: torch.Tensor, patch_embedding: nn.Conv2d) -> torch.Tensor:
         """Pixels (B, T, C, height, width) -> patches (B, T', D, rows, columns); may reduce the number of frames."""

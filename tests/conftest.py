@@ -1,0 +1,41 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_inti import InTIClipVisionConfig
+
+
+TINY = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture
+def tiny_config():
+    """A function that makes the configuration of a tower of 4 blocks, 48 wide, on 32 x 32 pixels."""
+
+    def make(**options) -> InTIClipVisionConfig:
+        return InTIClipVisionConfig(**{**TINY, "num_frames": 8, "num_labels": 5, **options})
+
+    return make
+
+
+@pytest.fixture
+def test_data() -> Path:
+    """The folder of real videos, datasets and vectors."""
+    folder = os.environ.get("HF_INTI_TEST_DATA")
+    if not folder:
+        pytest.skip("HF_INTI_TEST_DATA is not set: it names a folder with vectors/, videos/ and datasets/")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
