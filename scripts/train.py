@@ -1,0 +1,310 @@
+"""Fine-tune CLIP with a compression and an adaptation on a video dataset.
+
+    python scripts/train.py scripts/recipes/k400_inti_b16.yaml --train_dir k400/train.csv --eval_dir k400/val.csv
+
+The first argument is a recipe (YAML); every flag below can stand in it, and flags given here win. On several GPUs or
+machines start it with `accelerate launch` or `torchrun`. In output_dir it leaves best/ and last/ (model, processor and
+configuration, for from_pretrained), metrics.jsonl, run.json (all that was decided), bad_videos.json, and checkpoints/
+from which --resume goes on.
+"""
+
+import json
+import math
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import gather_object, set_seed, tqdm
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from transformers import logging
+
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
+from hf_inti.augmentation import BatchMixing
+from hf_inti.evaluation import TestViews, evaluate_loader, evaluation_loader
+from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from hf_inti.training import (
+    NEW_MODULES,
+    AllFrames,
+    MetricsLog,
+    TrainingClip,
+    build_augmentation,
+    build_optimizer,
+    describe_run,
+    newest_checkpoint,
+    replace_folder,
+)
+from hf_inti.video_data import (
+    BadVideos,
+    StreamingVideoClips,
+    VideoClips,
+    align_labels,
+    cache_frames,
+    collate,
+    label_names_of,
+    load_video_dataset,
+    stable_hash,
+)
+
+
+def build_model(arguments: ModelArguments, label_names: list[str]) -> InTIClipForVideoClassification:
+    options = {
+        **arguments.config_options(),
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)},
+    }
+    values, _ = InTIClipVisionConfig.get_config_dict(arguments.model)
+    if values.get("model_type") == InTIClipVisionConfig.model_type:  # go on from one of ours, with another head
+        config = InTIClipVisionConfig.from_dict({**values, **options})
+    else:
+        config = InTIClipVisionConfig.from_clip(arguments.model, **options)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # new modules are missing from any CLIP checkpoint: 40 lines that say nothing
+    model, report = InTIClipForVideoClassification.from_pretrained(
+        arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    logging.set_verbosity(verbosity)
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    lacking = [n for n in report["missing_keys"] | mismatched if not n.removeprefix("vision_model.").startswith(NEW_MODULES)]
+    if lacking:
+        raise ValueError(f"{arguments.model} has no {sorted(lacking)[0]} of this shape; is it CLIP's vision tower?")
+    if arguments.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def build_clips(data: DataArguments, training: TrainingArguments, processor, label_names, train_set, eval_set, accelerator):
+    """Datasets of training clips and, where there is an evaluation set, of evaluation clips."""
+    size = processor.size["shortest_edge"]
+    resize = data.resize or size
+    if data.cache_frames:
+        with accelerator.main_process_first():
+            train_set = cache_frames(train_set, AllFrames(processor, resize))
+            eval_set = eval_set and cache_frames(eval_set, AllFrames(processor, size))
+    augmentation = build_augmentation(data, processor.crop_size["height"], label_names)
+    shared = {"seed": training.seed, "repeats": data.repeats, "with_label": True}
+    transform = TrainingClip(processor, augmentation, resize)
+    if data.streaming:
+        place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        train_clips = StreamingVideoClips(train_set, transform, shuffle_buffer=1000, **place, **shared)
+    else:
+        train_clips = VideoClips(train_set, transform, on_bad_video=data.on_bad_video, **shared)
+    eval_clips = eval_set and VideoClips(eval_set, TestViews(processor), on_bad_video="keep")
+    return train_clips, eval_clips
+
+
+def due(every: int | None, count: int) -> bool:
+    return bool(every) and count % every == 0
+
+
+def main() -> None:
+    model_args, data, training = parse_recipe(
+        [ModelArguments, DataArguments, TrainingArguments], description=__doc__.split("\n\n")[0]
+    )
+    if data.streaming and training.max_steps is None:
+        raise ValueError("--streaming needs --max_steps: the length of a stream is not known beforehand.")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        mixed_precision=training.mixed_precision,
+        log_with=training.report_to,
+        project_dir=training.output_dir,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=training.seed),
+        step_scheduler_with_optimizer=False,  # the schedule counts optimiser steps, whatever the number of processes
+    )
+    set_seed(training.seed)
+    output_dir = Path(training.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    resume_from = newest_checkpoint(output_dir)
+    if resume_from is not None and not training.resume:
+        raise ValueError(f"{output_dir} holds checkpoints of a run; give --resume, or another --output_dir.")
+    resume_from = resume_from if training.resume else None
+
+    load = partial(load_video_dataset, layout=data.layout, video_root=data.video_root)
+    with accelerator.main_process_first():
+        train_set = load(data.train_dir, split=data.train_split, streaming=data.streaming)
+        label_names = label_names_of(train_set)
+        eval_set = data.eval_dir and align_labels(load(data.eval_dir, split=data.eval_split), label_names)
+    model = build_model(model_args, label_names)
+    size = model.config.image_size
+    given = {name: getattr(data, name) for name in ("sampling", "frame_stride", "image_mean", "image_std")}
+    processor = InTIClipVideoProcessor(
+        num_frames=model_args.num_frames,
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    train_clips, eval_clips = build_clips(data, training, processor, label_names, train_set, eval_set, accelerator)
+    loader = DataLoader(
+        train_clips,
+        batch_size=training.batch_size,
+        shuffle=None if data.streaming else True,
+        drop_last=not data.streaming and len(train_clips) >= training.batch_size * accelerator.num_processes,
+        num_workers=data.num_workers,
+        persistent_workers=data.num_workers > 0,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(training.seed),  # not the global one, which the steps below seed
+    )
+    if not data.streaming:  # a stream is already split among the processes
+        loader = accelerator.prepare_data_loader(loader)
+    eval_loader = None
+    if eval_clips:
+        eval_loader = evaluation_loader(eval_clips, accelerator, training.eval_batch_size, data.num_workers)
+    accumulate = training.gradient_accumulation_steps
+    steps_per_epoch = training.max_steps if data.streaming else -(-len(loader) // accumulate)
+    total_steps = training.max_steps or training.epochs * steps_per_epoch
+    optimizer, scheduler = build_optimizer(model, training, steps_per_epoch, total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    ema = None
+    if training.ema_decay is not None:
+        ema = AveragedModel(accelerator.unwrap_model(model), multi_avg_fn=get_ema_multi_avg_fn(training.ema_decay))
+        accelerator.register_for_checkpointing(ema)
+    mixing = BatchMixing(
+        num_classes=len(label_names),
+        mixup_alpha=data.mixup_alpha,
+        cutmix_alpha=data.cutmix_alpha,
+        label_smoothing=data.label_smoothing,
+    )
+
+    progress = {"epoch": 0, "batches": 0, "step": 0, "best": -1.0}  # batches: done of this epoch
+    bad = BadVideos()
+    if resume_from is not None:
+        accelerator.load_state(str(resume_from))
+        progress = json.loads((resume_from / "progress.json").read_text())
+        bad.add(progress.pop("bad"))
+    if accelerator.is_main_process:
+        log = MetricsLog(output_dir / "metrics.jsonl", resumed_at=progress["step"])
+        run = describe_run(
+            model_args,
+            data,
+            training,
+            config=accelerator.unwrap_model(model).config.to_dict(),
+            num_processes=accelerator.num_processes,
+            train_fingerprint=getattr(train_set, "_fingerprint", None),
+            eval_fingerprint=getattr(eval_set, "_fingerprint", None),
+        )
+        (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
+    accelerator.init_trackers("hf_inti", config=None)
+
+    def record(**values) -> None:
+        if accelerator.is_main_process:
+            log.write(step=progress["step"], epoch=progress["epoch"], **values)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        accelerator.log(numbers, step=progress["step"])
+
+    def trained_model() -> InTIClipForVideoClassification:
+        return ema.module if ema is not None else accelerator.unwrap_model(model)
+
+    def save_model(name: str) -> None:
+        state = ema.module.state_dict() if ema is not None else accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            finished = output_dir / f"{name}.part"
+            trained_model().save_pretrained(finished, state_dict=state)
+            processor.save_pretrained(finished)
+            shutil.copy(output_dir / "run.json", finished)
+            replace_folder(finished, output_dir / name)
+        accelerator.wait_for_everyone()
+
+    def share_bad_videos() -> None:
+        for reasons in gather_object([bad.reasons]):
+            bad.add([f"{name}\t{reason}" for name, reason in reasons.items()])
+
+    def save_checkpoint() -> None:
+        share_bad_videos()
+        folder = output_dir / "checkpoints"
+        part = folder / f"step_{progress['step']}.part"
+        accelerator.save_state(str(part))
+        if accelerator.is_main_process:
+            entries = [f"{name}\t{reason}" for name, reason in bad.reasons.items()]
+            (part / "progress.json").write_text(json.dumps({**progress, "bad": entries}))
+            replace_folder(part, folder / f"step_{progress['step']}")
+            for old in folder.iterdir():  # only the newest is of use
+                if old.name != f"step_{progress['step']}":
+                    shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def evaluate() -> None:
+        metrics, _, unreadable = evaluate_loader(ema.module if ema is not None else model, eval_loader, accelerator)
+        bad.add([f"{name}\t{reason}" for name, reason in unreadable.reasons.items()])
+        values = {name: metrics[name] for name in ("top1", "top5", "mean_class_accuracy", "num_unreadable")}
+        record(**{f"eval_{name}": value for name, value in values.items()})
+        accelerator.print(f"epoch {progress['epoch']}: top-1 {metrics['top1']:.1%}, top-5 {metrics['top5']:.1%}")
+        if metrics["top1"] > progress["best"]:
+            progress["best"] = metrics["top1"]
+            save_model("best")
+
+    def log_losses() -> None:
+        mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        losses.clear()
+        if not math.isfinite(mean):
+            raise ValueError(f"the loss is {mean} at step {progress['step']}; lower --learning_rate, or use bf16, not fp16.")
+        record(loss=mean, learning_rate=scheduler.get_last_lr()[0])
+
+    bar = tqdm(total=total_steps, initial=progress["step"], desc="Training", unit="step")
+    losses = []
+    while progress["step"] < total_steps:
+        train_clips.set_epoch(progress["epoch"])
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(progress["epoch"])
+        model.train()
+        rest = accelerator.skip_first_batches(loader, progress["batches"]) if progress["batches"] else loader
+        for batch in rest:
+            progress["batches"] += 1
+            bad.add(batch["bad"])
+            # What dropout and mixing draw depends on the place in the run alone, so that a resumed run goes on as it
+            # would have.
+            place = stable_hash(repr((training.seed, progress["epoch"], progress["batches"], accelerator.process_index)))
+            torch.manual_seed(place)
+            pixel_values = processor.finish(batch["pixel_values"].to(accelerator.device))
+            labels = batch["labels"].to(accelerator.device)
+            pixel_values, targets = mixing(pixel_values, labels, torch.Generator().manual_seed(place))
+            with accelerator.accumulate(model):
+                loss = cross_entropy(model(pixel_values=pixel_values).logits.float(), targets)
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+                if accelerator.sync_gradients and training.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            if not accelerator.optimizer_step_was_skipped:
+                scheduler.step()
+            if ema is not None:
+                ema.update_parameters(accelerator.unwrap_model(model))
+            progress["step"] += 1
+            bar.update()
+            done = progress["step"] == total_steps
+            if progress["step"] % training.log_every_steps == 0 or done:
+                log_losses()
+            if due(training.checkpoint_every_steps, progress["step"]) and not done:
+                save_checkpoint()
+            if done:
+                break
+        if data.streaming or progress["batches"] == len(loader):
+            progress["epoch"], progress["batches"] = progress["epoch"] + 1, 0
+            if eval_loader and (due(training.eval_every_epochs, progress["epoch"]) or done):
+                evaluate()
+            if due(training.checkpoint_every_epochs, progress["epoch"]):
+                save_checkpoint()
+        elif eval_loader:  # stopped by max_steps in the middle of an epoch
+            evaluate()
+    bar.close()
+    save_model("last")
+    share_bad_videos()
+    if accelerator.is_main_process:
+        (output_dir / "bad_videos.json").write_text(bad.to_json() + "\n")
+        accelerator.print(bad.report())
+        accelerator.print(f"The trained model is in {output_dir / 'last'}" + (", the best in best/." if eval_clips else "."))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
