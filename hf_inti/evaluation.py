@@ -13,10 +13,8 @@ from .video_data import BadVideos, VideoClips, collate, label_names_of
 from .video_processing_inti_clip import InTIClipVideoProcessor
 
 
-class TestViews:
+class Views:
     """All test views of a video: (video, generator) -> pixel_values (V, T, 3, H, W), clip-major."""
-
-    __test__ = False  # its name is not a test's
 
     def __init__(self, processor: InTIClipVideoProcessor, num_clips: int = 1, num_crops: int = 1):
         self.processor, self.options = processor, {"num_clips": num_clips, "num_crops": num_crops}
@@ -25,6 +23,11 @@ class TestViews:
     def __call__(self, video, generator: torch.Generator | None = None) -> dict:
         pixel_values = self.processor(video, return_tensors="pt", **self.options)["pixel_values"][0]
         return {"pixel_values": pixel_values[None] if self.single else pixel_values}
+
+    def blank(self) -> dict:
+        """Zeros of that shape, in the place of a broken video."""
+        views, size = self.options["num_clips"] * self.options["num_crops"], self.processor.crop_size
+        return {"pixel_values": torch.zeros(views, self.processor.num_frames, 3, size["height"], size["width"])}
 
 
 def predict_batches(
@@ -46,7 +49,7 @@ def predict_batches(
 
 
 def evaluation_loader(clips: VideoClips, accelerator: Accelerator, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """A prepared loader of `clips`, which need `on_bad_video="keep"` and `TestViews`."""
+    """A prepared loader of `clips`, which need `on_bad_video="keep"` and `Views`."""
     loader = DataLoader(clips, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     return accelerator.prepare_data_loader(loader)
 

@@ -283,7 +283,7 @@ class VideoClips(_Clips, torch.utils.data.Dataset):
     What a broken video (VideoDecodingError, nothing else) does is `on_bad_video`:
     - "skip": another video, drawn from the item's generator, takes its place, and `bad` names it (training);
     - "error": it is raised;
-    - "keep": the item is `ok=False`, with zeros shaped as another video's; count it as wrong (evaluation).
+    - "keep": the item is `ok=False`, with the tensors of `transform.blank()`; count it as wrong (evaluation).
     Raises VideoDecodingError when MAX_DRAWS videos in a row are broken.
     """
 
@@ -292,7 +292,6 @@ class VideoClips(_Clips, torch.utils.data.Dataset):
         if on_bad_video not in BAD_VIDEO_MODES:
             raise ValueError(f"on_bad_video must be one of {BAD_VIDEO_MODES}, got {on_bad_video!r}")
         self.on_bad_video = on_bad_video
-        self._zeros = None
 
     def __len__(self):
         return len(self.dataset)
@@ -309,28 +308,10 @@ class VideoClips(_Clips, torch.utils.data.Dataset):
                     raise
                 bad.append(_bad_entry(row, index, error))
             if self.on_bad_video == "keep":
-                tensors, labels = self._blank(index, row, bad)
-                return _item(tensors, labels, index, row, False, bad)
+                return _item(self.transform.blank(), row["label"], index, row, False, bad)
             if len(bad) == MAX_DRAWS:
                 raise _all_broken(bad)
             row = self.dataset[int(torch.randint(len(self), (), generator=generators[0]))]
-
-    def _blank(self, index, row, bad):
-        failed = list(bad)
-        for step in range(1, min(len(self), MAX_DRAWS)):
-            if self._zeros is not None:
-                break
-            other = self.dataset[(index + step) % len(self)]
-            try:
-                tensors, _ = self._tensors(other, self._generators(index))
-                self._zeros = {key: torch.zeros_like(value) for key, value in tensors.items()}
-            except VideoDecodingError as error:
-                failed.append(_bad_entry(other, index, error))
-        if self._zeros is None:
-            raise _all_broken(failed)
-        labels = row["label"] if self.repeats == 1 else torch.full((self.repeats,), row["label"])
-        return {key: value.clone() for key, value in self._zeros.items()}, labels
-
 
 class StreamingVideoClips(_Clips, torch.utils.data.IterableDataset):
     """VideoClips' items from a streamed dataset; broken videos are left out, named in a neighbour's `bad`.

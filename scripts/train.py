@@ -8,10 +8,16 @@ configuration, for from_pretrained), metrics.jsonl, run.json (all that was decid
 from which --resume goes on.
 """
 
+import os
+import sys
+
+
+# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
+sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
+
 import json
 import math
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +31,7 @@ from transformers import logging
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.augmentation import BatchMixing
-from hf_inti.evaluation import TestViews, evaluate_loader, evaluation_loader
+from hf_inti.evaluation import Views, evaluate_loader, evaluation_loader
 from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe
 from hf_inti.training import (
     NEW_MODULES,
@@ -93,7 +99,7 @@ def build_clips(data: DataArguments, training: TrainingArguments, processor, lab
         train_clips = StreamingVideoClips(train_set, transform, shuffle_buffer=1000, **place, **shared)
     else:
         train_clips = VideoClips(train_set, transform, on_bad_video=data.on_bad_video, **shared)
-    eval_clips = eval_set and VideoClips(eval_set, TestViews(processor), on_bad_video="keep")
+    eval_clips = eval_set and VideoClips(eval_set, Views(processor), on_bad_video="keep")
     return train_clips, eval_clips
 
 

@@ -1,0 +1,118 @@
+"""Pictures: the paper's Figure 4, confusion matrices, training curves. matplotlib is imported when one is drawn."""
+
+import json
+from pathlib import Path
+
+import torch
+
+
+def cascaded_weights(interpolation_weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """How much each input frame's tokens count in the merged frames: the weights multiplied over the stages.
+
+    Args:
+        interpolation_weights: of each stage, alpha and beta (B, T_out, L, 2), first stage first, as the model returns.
+
+    Returns (B, T, L) for the T frames that enter the first stage; where alpha + beta = 1, the weights of the frames
+    that end up in one merged frame sum to 1 (InTI, Fig. 4).
+    """
+    if not interpolation_weights:
+        raise ValueError("there are no interpolation weights; Figure 4 needs a model whose compression is inti.")
+    product = None
+    for weights in reversed(interpolation_weights):
+        B, T_out, L, _ = weights.shape
+        frames = weights.permute(0, 1, 3, 2).reshape(B, 2 * T_out, L)  # this stage's input frames in order
+        product = frames if product is None else frames * product.repeat_interleave(2, dim=1)
+    return product
+
+
+def aggregated_frames(frames: torch.Tensor, weights: torch.Tensor, merged: int) -> torch.Tensor:
+    """Pixels summed as the tokens were: frames (T, 3, H, W), weights (T, rows, columns) -> (merged, 3, H, W)."""
+    size = frames.shape[-2:]
+    # Each patch's weight stands for all of its pixels.
+    per_pixel = torch.nn.functional.interpolate(weights[:, None], size=size, mode="nearest")
+    return (frames * per_pixel).unflatten(0, (merged, -1)).sum(1)
+
+
+def figure4(frames: torch.Tensor, weights: torch.Tensor, merged: int, path: Path, title: str = "") -> None:
+    """Draw the paper's Figure 4: input frames, their weights as heat maps, the aggregated frames.
+
+    Args:
+        frames: (T, 3, H, W) in [0, 1], what the model sees before normalisation.
+        weights: (T, rows, columns), of the patches, as `cascaded_weights` gives them.
+        merged: how many frames they end up in.
+        path: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    T = frames.shape[0]
+    per_merged = T // merged
+    columns = min(T, max(per_merged, 8 // per_merged * per_merged))  # whole groups, about 8 frames in a row
+    bands = -(-T // columns)
+    figure = Figure(figsize=(1.5 * columns + 0.8, 4.8 * bands), layout="constrained")
+    grid = figure.add_gridspec(3 * bands, columns)
+    aggregated = aggregated_frames(frames, weights, merged).clamp(0, 1)
+    pictures = frames.permute(0, 2, 3, 1).numpy()
+    maps = []
+    for t in range(T):
+        row, column = 3 * (t // columns), t % columns
+        shown = figure.add_subplot(grid[row, column])
+        shown.imshow(pictures[t])
+        shown.set_title(f"frame {t + 1}", fontsize=8)
+        heat = figure.add_subplot(grid[row + 1, column])
+        maps.append(heat.imshow(weights[t].numpy(), cmap="inferno", vmin=0, vmax=float(weights.max())))
+        heat.set_title(f"mean {weights[t].mean():.2f}", fontsize=8)
+        if t % per_merged == 0:
+            j = t // per_merged
+            merged_axes = figure.add_subplot(grid[row + 2, column : column + per_merged])
+            merged_axes.imshow(aggregated[j].permute(1, 2, 0).numpy())
+            merged_axes.set_title(f"aggregated {j + 1}", fontsize=8)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    figure.colorbar(maps[0], ax=figure.axes, shrink=0.4, label="predicted weight")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def confusion_matrix(counts, label_names: list[str], path: Path) -> None:
+    """Draw counts (K, K), rows the true classes, as shares of each row; labelled where they can be read."""
+    from matplotlib.figure import Figure
+
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    K = len(label_names)
+    side = min(4 + 0.35 * K, 16)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if K <= 40:
+        axes.set_xticks(range(K), label_names, rotation=90)
+        axes.set_yticks(range(K), label_names)
+    if K <= 20:
+        for i, row in enumerate(shares):
+            for j, share in enumerate(row):
+                if share >= 0.005:
+                    colour = "white" if share > 0.5 else "black"
+                    axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, shrink=0.7, label="share of the true class")
+    figure.savefig(path, dpi=120)
+
+
+def training_curves(runs: dict[str, Path], path: Path) -> None:
+    """Draw training loss and evaluation accuracy against epochs, of runs by name with their metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for name, file in runs.items():
+        lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        losses = [line for line in lines if "loss" in line]
+        scores = [line for line in lines if "eval_top1" in line]
+        loss.plot([line["step"] for line in losses], [line["loss"] for line in losses], label=name)
+        accuracy.plot([line["epoch"] for line in scores], [100 * line["eval_top1"] for line in scores], label=name)
+    loss.set(xlabel="optimiser step", ylabel="training loss")
+    accuracy.set(xlabel="epoch", ylabel="top-1 on the evaluation videos, %", ylim=(0, 100))
+    accuracy.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,109 @@
+"""Evaluate a model on a labelled video dataset.
+
+    python scripts/evaluate.py outputs/k400/best --data_dir k400/val.csv --num_clips 4 --num_crops 3
+
+Prints top-1, top-5 and mean class accuracy; writes results.json, predictions.csv, predictions.parquet (one row per
+video, with its file) and confusion_matrix.png to output_dir. Unreadable videos count as wrong and are named. Under
+torchrun or `accelerate launch` the processes share the work and the answer is the same.
+"""
+
+import os
+import sys
+
+
+# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
+sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
+from hf_inti.evaluation import Views, evaluate_loader, evaluation_loader
+from hf_inti.metrics import video_scores
+from hf_inti.training import describe_run
+from hf_inti.video_data import VideoClips, align_labels, load_video_dataset
+from hf_inti.video_lists import LAYOUTS
+from hf_inti.visualization import confusion_matrix
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = field(metadata={"help": "A trained model: a folder (such as best/ or last/) or a name on the Hub."})
+    data_dir: str = field(metadata={"help": "Labelled videos: class folders, a list file, tar shards or a Hub dataset."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: beside the model."})
+    layout: str = field(default="auto", metadata={"help": f"auto, or one of {', '.join(LAYOUTS)}."})
+    split: str = field(default="test", metadata={"help": "Which split, where the dataset has splits."})
+    video_root: str | None = field(default=None, metadata={"help": "Where a list's videos lie; default: beside it."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of each clip; default: as in training."})
+    num_clips: int = field(default=1, metadata={"help": "Clips of each video."})
+    num_crops: int = field(default=1, metadata={"help": "Crops of each clip: 1 (centre) or 3."})
+    batch_size: int = field(default=8, metadata={"help": "Videos in each batch of each process."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode, for each evaluating process."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+
+
+def main() -> None:
+    parser = HfArgumentParser(EvaluationArguments, description=__doc__.split("\n\n")[0])
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    (args,) = parser.parse_args_into_dataclasses(arguments)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    model = InTIClipForVideoClassification.from_pretrained(args.model)
+    processor = InTIClipVideoProcessor.from_pretrained(args.model)
+    if args.num_frames is not None:
+        processor.num_frames = args.num_frames
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    with accelerator.main_process_first():
+        dataset = load_video_dataset(
+            args.data_dir, layout=args.layout, split=args.split, video_root=args.video_root
+        )
+        dataset = align_labels(dataset, names)
+    clips = VideoClips(dataset, Views(processor, args.num_clips, args.num_crops), on_bad_video="keep")
+    loader = evaluation_loader(clips, accelerator, args.batch_size, args.num_workers)
+    metrics, result, bad = evaluate_loader(accelerator.prepare_model(model, evaluation_mode=True), loader, accelerator)
+    if not accelerator.is_main_process:
+        return
+
+    default = Path(args.model) / "evaluation" if Path(args.model).is_dir() else Path("evaluation")
+    output_dir = Path(args.output_dir or default)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    views = result["logits"].shape[1]
+    _, scores = video_scores(result["logits"].flatten(0, 1), result["index"].repeat_interleave(views))
+    best = (-scores).argsort(axis=1, kind="stable")[:, :5]
+    ok = result["ok"].tolist()
+    table = datasets.Dataset.from_dict(
+        {
+            "video": [dataset[i]["video"]["path"] or f"item {i}" for i in result["index"].tolist()],
+            "label": [names[i] for i in result["labels"].tolist()],
+            "prediction": [names[row[0]] if good else None for row, good in zip(best, ok, strict=True)],
+            "score": [s[row[0]] if good else None for s, row, good in zip(scores, best, ok, strict=True)],
+            "top5": ["|".join(names[i] for i in row) if good else "" for row, good in zip(best, ok, strict=True)],
+        }
+    )
+    table.to_csv(str(output_dir / "predictions.csv"))
+    table.to_parquet(str(output_dir / "predictions.parquet"))
+    confusion_matrix(metrics["confusion_matrix"], names, output_dir / "confusion_matrix.png")
+    protocol = {"frames": processor.num_frames, "crops": args.num_crops, "clips": args.num_clips}
+    run = describe_run(args, protocol=protocol, dataset=args.data_dir)
+    results = {**metrics, **run, "bad_videos": bad.reasons}
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if len(bad):
+        print(bad.report() + " (counted as wrong)")
+    print(
+        f"{metrics['num_videos']} videos, views {processor.num_frames}x{args.num_crops}x{args.num_clips}: "
+        f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, mean class {metrics['mean_class_accuracy']:.2%}"
+    )
+    print(f"Predictions and the confusion matrix are in {output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,100 @@
+"""Classify videos.
+
+    python scripts/predict.py outputs/k400/best clip.mp4 holiday_videos/ --top_k 3
+
+Takes files, folders (searched for videos) and URLs; prints a table, or JSON lines with --json. Broken videos are named,
+and then the exit status is 1.
+"""
+
+import os
+import sys
+
+
+# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
+sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from accelerate import Accelerator
+from datasets import Features, Value, Video
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
+from hf_inti.evaluation import Views, evaluation_loader, predict_batches
+from hf_inti.video_data import VideoClips
+from hf_inti.video_lists import VIDEO_EXTENSIONS
+
+
+@dataclass
+class PredictionArguments:
+    model: str = field(metadata={"help": "A trained model: a folder or a name on the Hub."})
+    videos: list[str] = field(metadata={"help": "Files, folders and URLs."})
+    top_k: int = field(default=5, metadata={"help": "How many classes to print for each video."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object for each video instead of a table."})
+    num_clips: int = field(default=1, metadata={"help": "Clips of each video, whose scores are averaged."})
+    num_crops: int = field(default=1, metadata={"help": "Crops of each clip: 1 (centre) or 3."})
+    batch_size: int = field(default=4, metadata={"help": "Videos in each batch."})
+    num_workers: int = field(default=1, metadata={"help": "Processes that decode while the model computes."})
+
+
+def find_videos(places: list[str]) -> list[str]:
+    """Files and URLs as they are, folders searched. Raises ValueError for a folder without videos."""
+    found = []
+    for place in places:
+        if not Path(place).is_dir():
+            found.append(place)
+            continue
+        inside = sorted(p for p in Path(place).rglob("*") if p.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS)
+        if not inside:
+            raise ValueError(f"{place} holds no videos; looked for files ending in {', '.join(VIDEO_EXTENSIONS)}.")
+        found += map(str, inside)
+    return found
+
+
+def main() -> int:
+    parser = HfArgumentParser(PredictionArguments, description=__doc__.split("\n\n")[0])
+    arguments = sys.argv[1:]
+    flags = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    if flags >= 2:  # predict.py MODEL VIDEO...
+        arguments = ["--model", arguments[0], "--videos", *arguments[1:flags], *arguments[flags:]]
+    (args,) = parser.parse_args_into_dataclasses(arguments)
+    paths = find_videos(args.videos)
+    accelerator = Accelerator()
+    model = InTIClipForVideoClassification.from_pretrained(args.model)
+    processor = InTIClipVideoProcessor.from_pretrained(args.model)
+    names = model.config.id2label
+    features = Features({"video": Video(decode=False), "label": Value("int64")})
+    dataset = datasets.Dataset.from_dict({"video": paths, "label": [-1] * len(paths)}, features=features)
+    clips = VideoClips(dataset, Views(processor, args.num_clips, args.num_crops), on_bad_video="keep")
+    loader = evaluation_loader(clips, accelerator, args.batch_size, min(args.num_workers, len(paths) - 1))
+    width = max(len(path) for path in paths)
+    broken = 0
+    for batch in predict_batches(accelerator.prepare_model(model, evaluation_mode=True), loader, accelerator, "Predicting"):
+        reasons = dict(entry.split("\t", 1) for entry in batch["bad"])
+        scores = batch["logits"].softmax(-1).mean(1)  # (B, K)
+        for index, score in zip(batch["index"].tolist(), scores, strict=True):
+            path = paths[index]
+            if path in reasons:
+                broken += 1
+                found = {"video": path, "error": reasons[path]}
+                line = f"{path:{width}}  BROKEN: {reasons[path]}"
+            else:
+                best = score.topk(min(args.top_k, len(names)))
+                pairs = [(names[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+                found = {"video": path, "predictions": [{"label": name, "score": s} for name, s in pairs]}
+                line = f"{path:{width}}  " + "  ".join(f"{name} {s:.1%}" for name, s in pairs)
+            tqdm.write(json.dumps(found) if args.json else line)  # above the bar
+    if broken:
+        print(f"{broken} of {len(paths)} videos could not be read.", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

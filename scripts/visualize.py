@@ -1,0 +1,55 @@
+"""Draw what InTI does to a video, as the paper's Figure 4 does.
+
+    python scripts/visualize.py outputs/k400/best clip.mp4 --output figure4.png
+
+Input frames, the predicted weights of their patches as heat maps (multiplied over the stages), the aggregated frames.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
+from hf_inti.visualization import cascaded_weights, figure4
+
+
+@dataclass
+class VisualizationArguments:
+    model: str = field(metadata={"help": "A trained model whose compression is inti: a folder or a name on the Hub."})
+    video: str = field(metadata={"help": "A file or URL."})
+    output: str = field(default="figure4.png", metadata={"help": "The picture to write, PNG."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames sampled; default: as in training."})
+
+
+def main() -> None:
+    parser = HfArgumentParser(VisualizationArguments, description=__doc__.split("\n\n")[0])
+    arguments = sys.argv[1:]
+    if len(arguments) >= 2 and not arguments[0].startswith("-") and not arguments[1].startswith("-"):
+        arguments = ["--model", arguments[0], "--video", *arguments[1:]]
+    (args,) = parser.parse_args_into_dataclasses(arguments)
+    model = InTIClipForVideoClassification.from_pretrained(args.model).eval()
+    processor = InTIClipVideoProcessor.from_pretrained(args.model)
+    frames = processor(args.video, num_frames=args.num_frames, do_rescale=False, do_normalize=False)["pixel_values"]
+    with torch.inference_mode():
+        out = model(processor.finish(frames), output_interpolation_weights=True)
+    patches = cascaded_weights(out.interpolation_weights)[0, :, 1:]
+    side = frames.shape[-2] // model.config.patch_size
+    score, label = out.logits.softmax(-1)[0].max(-1)
+    figure4(
+        frames[0] / 255,
+        patches.unflatten(1, (side, -1)),
+        merged=out.interpolation_weights[-1].shape[1],
+        path=Path(args.output),
+        title=f"{Path(args.video).name}: {model.config.id2label[label.item()]} ({score:.0%})",
+    )
+    print(f"The picture is in {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
