@@ -22,3 +22,9 @@ AutoConfig.register(InTIClipVisionConfig.model_type, InTIClipVisionConfig)
 AutoModel.register(InTIClipVisionConfig, InTIClipVisionModel)
 AutoModelForVideoClassification.register(InTIClipVisionConfig, InTIClipForVideoClassification)
 AutoVideoProcessor.register(InTIClipVisionConfig, InTIClipVideoProcessor)
+
+# So that what is saved carries the code that loads it where this package is not installed.
+InTIClipVisionConfig.register_for_auto_class()
+InTIClipVisionModel.register_for_auto_class("AutoModel")
+InTIClipForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
+InTIClipVideoProcessor.register_for_auto_class()

@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,21 @@ TINY = {
     "image_size": 32,
     "patch_size": 8,
 }
+
+
+def write_video(path: Path, frames: int = 10, size: int = 48, seed: int = 0) -> None:
+    """A small mp4 of noise that drifts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for t in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * t, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+# make demo   train InTI and Naive on a small video dataset, evaluate, predict, draw
+# make test   run the tests
+# make check  lint and the fast tests, before a commit
+# make clean  remove what these made
+#
+# Everything is installed into .venv by pip, from constraints.txt. Variables:
+#   PYTHON       the interpreter that .venv is made with (3.11 or newer)
+#   TORCH_INDEX  an index to take torch from, such as https://download.pytorch.org/whl/cpu for machines without a GPU
+#   SEED         another seed gives the demo other videos and other weights
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+SEED ?= 0
+PIP = .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
+RUN = .venv/bin/python
+
+.PHONY: demo test check lint clean
+
+.venv/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: give make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into .venv: this takes a few minutes once"
+	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
+	$(PIP) -e ".[test]"
+	@touch $@
+
+demo: .venv/installed
+	rm -rf demo
+	$(RUN) scripts/make_demo_data.py --output_dir demo/data --seed $(SEED)
+	$(RUN) scripts/pretrain_demo_tower.py --output_dir demo/tower --seed $(SEED)
+	$(RUN) scripts/train.py scripts/recipes/demo.yaml --seed $(SEED) --compression none --output_dir demo/naive
+	$(RUN) scripts/train.py scripts/recipes/demo.yaml --seed $(SEED) --output_dir demo/inti
+	$(RUN) scripts/evaluate.py demo/naive/last --data_dir demo/data
+	$(RUN) scripts/evaluate.py demo/inti/last --data_dir demo/data
+	$(RUN) scripts/predict.py demo/inti/last demo/data/test/*/000.mp4 --top_k 2
+	$(RUN) scripts/visualize.py demo/inti/last demo/data/test/slides_right/000.mp4 --output demo/figure4.png
+	$(RUN) scripts/report_demo.py
+
+test: .venv/installed
+	$(RUN) -m pytest
+
+lint: .venv/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+check: lint
+	$(RUN) -m pytest -m "not slow"
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hf_inti" / "__init__.py").read_text())[1]
+TRAIN = ["kornia>=0.9", "matplotlib>=3.9", "pyyaml>=6"]
+
+setup(
+    name="hf_inti",
+    version=VERSION,
+    description="InTI, inter-frame token interpolation: CLIP on video at two thirds of the cost, for transformers",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["hf_inti"],
+    python_requires=">=3.11",
+    # Lower bounds: what the package is known to need; constraints.txt has what it was last tested with.
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "huggingface_hub>=1.0",
+        "safetensors>=0.6",
+        "accelerate>=1.10",
+        "datasets>=5.0",
+        "evaluate>=0.4.6",
+        "av>=16",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "test": [*TRAIN, "pytest>=9", "ruff>=0.15"],
+    },
+)
