@@ -10,7 +10,9 @@ Hence:
 * at every index t the moving attribute of a single frame is uniform in both classes of a pair, and all else
   is drawn alike, so that a single frame tells at best the pair;
 * a clip of the one class played backwards is a clip of the other, so that a set of frames without their order
-  tells at best the pair: a model that ignores order is right at most half of the time.
+  tells at best the pair: a model that ignores order is right at most half of the time. Test clips come in twos that
+  are each other played backwards, so that this half is exact and not a matter of luck. (To be sampled alike in both
+  directions, 24 frames are three for each of the eight that a model sees.)
 
 Each frame is written as an H.264 key frame at a constant quantiser: coded by itself, so that the codec, whose
 predicted frames differ from key frames and lean on the past, cannot give the order away.
@@ -19,11 +21,13 @@ Letters: T frames, H = W = size in pixels, N clips, K classes, F features.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 from transformers import HfArgumentParser
 
 
@@ -35,14 +39,15 @@ PAIRS = [
 ]
 CLASSES = [name for pair in PAIRS for name in pair]
 MOVING = ["position", "angle", "mouth", "opacity"]  # the attribute that each pair moves through [0, 1)
+SHAPES = ["disc", "square", "diamond"]
+SHAPES_OF_PAIR = [SHAPES, ["disc"], SHAPES, SHAPES]  # only on a disc is the mouth all that turns
 RESTING = [  # from where each pair draws the attributes that stay: sides of the frame, turns, shares, shares
     {"angle": (0, 1), "mouth": (0, 0), "opacity": (1, 1)},
-    {"position": (0.4, 0.6), "mouth": (0.7, 0.8), "opacity": (1, 1)},
-    {"position": (0.4, 0.6), "angle": (-0.1, 0.1), "opacity": (1, 1)},
-    {"position": (0.4, 0.6), "angle": (0, 1), "mouth": (0, 0)},
+    {"position": (0.44, 0.56), "mouth": (0.5, 0.65), "opacity": (1, 1)},
+    {"position": (0.44, 0.56), "angle": (-0.1, 0.1), "opacity": (1, 1)},
+    {"position": (0.44, 0.56), "angle": (0, 1), "mouth": (0, 0)},
 ]
-SHAPES = ["disc", "square", "diamond"]
-FPS = 8
+FPS = 12
 
 
 def shape_distance(dx, dy, shape):
@@ -78,8 +83,8 @@ def draw(rng, pair, moving, size):
 
     at = {name: rng.uniform(low, high) for name, (low, high) in RESTING[pair].items()}
     at[MOVING[pair]] = moving[:, None, None]
-    colour, shape = rng.uniform(0.6, 1, 3), rng.choice(SHAPES)
-    radius, centre_y = rng.uniform(0.25, 0.34), rng.uniform(0.42, 0.58)
+    colour, shape = rng.uniform(0.6, 1, 3), rng.choice(SHAPES_OF_PAIR[pair])
+    radius, centre_y = rng.uniform(0.28, 0.36), rng.uniform(0.44, 0.56)
     dx, dy = (x - at["position"] + 0.5) % 1 - 0.5, y - centre_y
     cos, sin = np.cos(2 * np.pi * at["angle"]), np.sin(2 * np.pi * at["angle"])
     along, across = dx * cos + dy * sin, dy * cos - dx * sin  # in the shape's own directions
@@ -92,7 +97,7 @@ def draw(rng, pair, moving, size):
     return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
 
 
-def render_clip(class_name, seed, num_frames=16, size=48):
+def render_clip(class_name, seed, num_frames=24, size=48):
     """One clip of a class: uint8 (num_frames, size, size, 3).
 
     seed: what `numpy.random.default_rng` takes, a Generator too. From the same integer the second class of a
@@ -212,7 +217,7 @@ class Arguments:
     num_train: int = field(default=100, metadata={"help": "Training clips per class."})
     num_test: int = field(default=25, metadata={"help": "Test clips per class."})
     image_size: int = field(default=48, metadata={"help": "Height and width in pixels, even."})
-    num_frames: int = field(default=16, metadata={"help": "Frames per clip."})
+    num_frames: int = field(default=24, metadata={"help": "Frames per clip."})
 
     def __post_init__(self):
         if min(self.num_train // 2, self.num_test, self.num_frames // 2) < 1:
@@ -224,6 +229,16 @@ class Arguments:
             raise ValueError(f"Got image_size={self.image_size}: give an even number, 16 or more.")
 
 
+def make_clip(split, number, label, arguments):
+    """Write one clip, 0 <= label < 8, and return it as it was written."""
+    # No clip shares its draws with another, but for the two test clips that are each other backwards.
+    seed = [arguments.seed, split, number, label if split == 0 else label // 2]
+    path = Path(arguments.output_dir, ["train", "test"][split], CLASSES[label], f"{number:03d}.mp4")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, render_clip(CLASSES[label], seed, arguments.num_frames, arguments.image_size))
+    return read_video(path)
+
+
 def main(arguments):
     todo = [
         (split, number, label)
@@ -231,14 +246,9 @@ def main(arguments):
         for number in range(count)
         for label in range(len(CLASSES))
     ]
-    clips = []
-    for split, number, label in tqdm(todo, desc="rendering", unit="clip"):
-        seed = [arguments.seed, split, number, label]  # no clip shares its draws with another
-        path = Path(arguments.output_dir, ["train", "test"][split], CLASSES[label], f"{number:03d}.mp4")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, render_clip(CLASSES[label], seed, arguments.num_frames, arguments.image_size))
-        clips.append(read_video(path))
-    splits, _, labels = np.array(todo).T
+    splits, numbers, labels = np.array(todo).T
+    render = partial(make_clip, arguments=arguments)
+    clips = process_map(render, splits, numbers, labels, chunksize=8, desc="rendering", unit="clip")
     report(np.stack(clips), labels, splits == 0)
 
 
