@@ -174,9 +174,7 @@ class BatchMixing:
         self.num_classes, self.label_smoothing, self.switch_prob = num_classes, label_smoothing, switch_prob
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
 
-    def __call__(
-        self, pixel_values: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, pixel_values: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """float (B, T, 3, H, W) and integer labels (B,) to mixed clips and float32 targets (B, K).
 
         `generator` lives on the CPU; one number is taken from it per batch. The input is left as it is.

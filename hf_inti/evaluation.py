@@ -1,5 +1,6 @@
 """Scores of a model on a dataset, the same from one process or many."""
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -75,3 +76,13 @@ def evaluate_loader(model: nn.Module, loader: DataLoader, accelerator: Accelerat
         video_ids=result["index"].repeat_interleave(views).numpy(),
     )
     return metric.compute(label_names=label_names_of(loader.dataset.dataset)), result, bad
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """Finish trackers and the process group; to be called by all processes at their end."""
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # Gloo's threads let go of the last tensors under Python's lock. Were the group destroyed before they did, it
+        # would hold that lock and wait for them for ever.
+        time.sleep(0.5)
+    accelerator.end_training()

@@ -247,7 +247,7 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(B, T, num_channels, height, width)`):
-                Normalised frames. T may differ from `config.num_frames`, but the compression has to be able to halve it.
+                Normalised frames. T may differ from `config.num_frames`, if the compression can halve it.
             interpolate_pos_encoding (`bool`):
                 Accept frames of another size than the tower was made for.
             output_hidden_states, output_attentions, output_interpolation_weights (`bool`):
@@ -324,5 +324,5 @@ class InTIClipForVideoClassification(InTIClipPreTrainedModel):
         if self.num_labels > 1 and outside.numel():
             raise ValueError(
                 f"got label {outside[0].item()}, but this model has {self.num_labels} classes (0 to "
-                f"{self.num_labels - 1}); load it with num_labels={int(outside.max()) + 1} or more, or check the labels."
+                f"{self.num_labels - 1}); load it with num_labels={int(outside.max()) + 1}, or check the labels."
             )

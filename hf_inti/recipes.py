@@ -8,32 +8,37 @@ A recipe holds the same names as the command line has flags; what the command li
 import difflib
 import json
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from .adaptation import ADAPTATIONS
+from .compression import COMPRESSIONS
 from .configuration_inti_clip import InTIClipVisionConfig
 from .video_lists import LAYOUTS
+
+
+CHECKPOINTS = "an InTI-CLIP checkpoint's own, else"  # how the help names defaults that a checkpoint may hold
 
 
 def _help(text: str, default=None, **metadata):
     return field(default=default, metadata={"help": text, **metadata})
 
 
-def _mapping(value: str | dict | None, name: str) -> dict:
-    """A mapping as YAML gives it, or as JSON on the command line."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            example = '{"cube": "dwconv"}'
-            raise ValueError(f"--{name} takes a JSON mapping such as '{example}', got {value!r} ({error}).") from None
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{name} must be a mapping of option names to values, got {value!r}.")
-    return value or {}
+def _mapping(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        example = '{"cube": "dwconv"}'
+        raise ArgumentTypeError(f"wanted a JSON mapping such as '{example}', got {text!r}")
+    return value
 
 
 @dataclass
@@ -41,26 +46,28 @@ class ModelArguments:
     """What is trained."""
 
     model: str = _help("Where training starts: a CLIP or InTI-CLIP checkpoint, a folder or a name on the Hub.")
-    num_frames: int = _help("Frames sampled from each clip.", 16)
-    compression: str = _help("How frames or tokens are reduced: none (every frame in full) or inti.", "inti")
-    compression_layers: list[int] | None = _help(
-        "After which blocks, counted from 1; default: 5/12 and 7/12 of the depth."
+    num_frames: int | None = _help(f"Frames sampled from each clip; default: {CHECKPOINTS} 16.")
+    compression: str | None = _help(
+        f"How frames or tokens are reduced: {', '.join(COMPRESSIONS)}; default: {CHECKPOINTS} inti."
     )
-    compression_options: str | dict | None = _help("Options of the compression, a mapping (JSON here).")
-    adaptation: str = _help("Modules that let the tower see time: none.", "none")
-    adaptation_options: str | dict | None = _help("Options of the adaptation, a mapping (JSON here).")
-    drop_path_rate: float = _help("Stochastic depth of the last block, growing linearly from 0 at the first.", 0.0)
-    classifier_dropout: float = _help("Dropout in front of the classifier.", 0.0)
+    compression_layers: list[int] | None = _help(
+        f"After which blocks, counted from 1; default: {CHECKPOINTS} 5/12 and 7/12 of the depth."
+    )
+    compression_options: dict | None = _help("Options of the compression, a mapping (JSON here).")
+    adaptation: str | None = _help(
+        f"Modules that let the tower see time: {', '.join(ADAPTATIONS)}; default: {CHECKPOINTS} none."
+    )
+    adaptation_options: dict | None = _help("Options of the adaptation, a mapping (JSON here).")
+    drop_path_rate: float | None = _help(
+        f"Stochastic depth of the last block, growing linearly from 0 at the first; default: {CHECKPOINTS} 0."
+    )
+    classifier_dropout: float | None = _help(f"Dropout in front of the classifier; default: {CHECKPOINTS} 0.")
     activation_checkpointing: bool = _help("Recompute activations in the backward pass: less memory, slower.", False)
 
-    def __post_init__(self):
-        self.compression_options = _mapping(self.compression_options, "compression_options")
-        self.adaptation_options = _mapping(self.adaptation_options, "adaptation_options")
-
     def config_options(self) -> dict:
-        """Those that are fields of the configuration."""
+        """Those that are fields of the configuration and were given."""
         names = {f.name for f in fields(self)} & {f.name for f in fields(InTIClipVisionConfig)}
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in sorted(names) if getattr(self, name) is not None}
 
 
 @dataclass
@@ -76,10 +83,11 @@ class DataArguments:
     streaming: bool = _help("Stream the training videos instead of indexing them; needs --max_steps.", False)
     cache_frames: bool = _help("Decode every video once into datasets' cache: for small sets of short clips.", False)
     num_workers: int = _help("Processes that decode, for each training process.", 0)
-    on_bad_video: str = _help("A broken training video is left out and reported (skip), or stops the run (error).", "skip")
+    on_bad_video: str = _help("A broken training video is left out and named (skip), or ends the run (error).", "skip")
     sampling: str = _help("Frames over the whole video (uniform), or frame_stride apart (dense).", "uniform")
     frame_stride: int | None = _help("Distance of frames in dense sampling.")
     resize: int | None = _help("Short side in pixels to which training videos are decoded; default: the model's size.")
+    squash: bool = _help("Squeeze whole frames to a square, where the sides of wide pictures matter.", False)
     image_mean: list[float] | None = _help("Mean of each channel, of values in [0, 1]; default: CLIP's.")
     image_std: list[float] | None = _help("Standard deviation of each channel; default: CLIP's.")
     crop: str = _help("Training crop: random_resized, multi_scale, random or center.", "random_resized")
@@ -87,22 +95,21 @@ class DataArguments:
         default_factory=lambda: [0.08, 1.0], metadata={"help": "Range of the random_resized crop's share of the area."}
     )
     flip: bool = _help("Mirror half of the training clips.", False)
-    flip_label_map: str | dict | None = _help("Classes that mirroring swaps, {class: class} by name or number (JSON here).")
+    flip_label_map: dict | None = _help("Classes that mirroring swaps, {class: class}, names or numbers (JSON).")
     color_jitter_prob: float = _help("Share of clips with changed brightness, contrast, saturation and hue.", 0.0)
     grayscale_prob: float = _help("Share of clips turned grey.", 0.0)
     rand_augment: str | None = _help("RandAugment in timm's notation, such as rand-m7-n4-mstd0.5-inc1.")
     random_erasing_prob: float = _help("Share of clips with a box erased.", 0.0)
     repeats: int = _help("Differently sampled and augmented clips of each loaded video.", 1)
     mixup_alpha: float = _help("Beta distribution of mixup; 0 is off.", 0.0)
-    cutmix_alpha: float = _help("Beta distribution of CutMix; 0 is off. With both on, each takes half of the batches.", 0.0)
+    cutmix_alpha: float = _help("Beta distribution of CutMix; 0 is off. With both, each takes half the batches.", 0.0)
     label_smoothing: float = _help("Share of the target spread over all classes.", 0.0)
-    num_clips: int = _help("Clips of each video in the evaluation at the end.", 1)
-    num_crops: int = _help("Crops of each clip in the evaluation at the end, 1 or 3.", 1)
 
     def __post_init__(self):
-        self.flip_label_map = _mapping(self.flip_label_map, "flip_label_map")
         if self.on_bad_video not in ("skip", "error"):
             raise ValueError(f"on_bad_video must be skip or error, got {self.on_bad_video!r}.")
+        if self.streaming and (self.cache_frames or self.on_bad_video == "error"):
+            raise ValueError("streaming goes neither with cache_frames nor with on_bad_video error; leave these out.")
 
 
 @dataclass
@@ -116,7 +123,7 @@ class TrainingArguments:
     eval_batch_size: int = _help("Videos in each evaluation batch of each process.", 8)
     gradient_accumulation_steps: int = _help("Batches in each optimiser step.", 1)
     learning_rate: float = _help("Peak learning rate, as is: not scaled by the batch.", 2.2e-5)
-    new_module_lr_multiplier: float = _help("Times this for what CLIP does not have: compression, adaptation, head.", 1.0)
+    new_module_lr_multiplier: float = _help("Times this for what CLIP has not: compression, adaptation, head.", 1.0)
     min_lr_ratio: float = _help("Last learning rate as a share of the peak.", 0.01)
     warmup_epochs: float = _help("Epochs in which the learning rate rises linearly from 0.", 0.0)
     weight_decay: float = _help("AdamW's weight decay.", 0.05)
@@ -141,40 +148,112 @@ class TrainingArguments:
         for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}; leave it out to train all epochs.")
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" say nothing
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    """Whose errors are ValueErrors of one line: argparse's own print the usage and end the process."""
+
+    def __init__(self, classes, **options):
+        super().__init__(classes, allow_abbrev=False, formatter_class=_Help, **options)
+        self.register("type", dict, _mapping)
+        self.names = [f.name for c in classes for f in fields(c)]
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; --help explains the settings.")
+
+    def parse(self, arguments: list[str]) -> dict:
+        values, unknown = self.parse_known_args(arguments)
+        for flag in unknown:
+            if not flag.startswith("--"):
+                self.error(f"there is no place for {flag!r}")
+            self.check_name(flag[2:].partition("=")[0].replace("-", "_"))
+        return vars(values)
+
+    def check_name(self, name: str, where: str = "") -> None:
+        if name not in self.names:
+            close = difflib.get_close_matches(str(name), self.names, n=1)
+            self.error(f"{where}there is no setting {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
 
 
 def parse_recipe(classes: list[type], arguments: list[str] | None = None, description: str | None = None) -> tuple:
     """Instances of the dataclasses, from `[recipe.yaml] --flags` (default: the process's command line).
 
-    The first argument may be a YAML file of defaults. Raises ValueError for a file that is missing or holds names
-    that are no flags; a required value (without a default) that neither gives, and flags that do not exist, end the
-    process with a line that says so, as argparse does.
+    The first argument may be a YAML file; its settings are read as if they were flags in front of the others. Raises
+    ValueError for a file that is missing or no mapping, for settings and flags that do not exist, for values of a wrong
+    kind, and for a required value (one without a default) that neither gives.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(classes, description=description)
+    parser = _Parser(classes, usage="%(prog)s [RECIPE.yaml] [--setting value ...]", description=description)
+    hints = {name: hint for c in classes for name, hint in get_type_hints(c).items()}
+    flags = []
     if arguments and not arguments[0].startswith("-"):
-        parser.set_defaults(**_read_yaml(Path(arguments.pop(0)), [f.name for c in classes for f in fields(c)]))
-    parsed = parser.parse_args(arguments)
+        flags = _flags_of_yaml(Path(arguments.pop(0)), parser, hints)
+    values = parser.parse(flags + arguments)
     for c in classes:
-        hints = get_type_hints(c)
         for f in fields(c):  # a str that is None by default: it may come from the recipe, but must come
-            if hints[f.name] is str and getattr(parsed, f.name) is None:
-                parser.error(f"--{f.name} is required, here or in the recipe: {f.metadata['help']}")
-    values = vars(parsed)
+            if hints[f.name] is str and values[f.name] is None:
+                parser.error(f"--{f.name} is required, here or in the recipe: {f.metadata['help'].rstrip('.')}")
     return tuple(c(**{f.name: values[f.name] for f in fields(c)}) for c in classes)
 
 
-def _read_yaml(path: Path, names: list[str]) -> dict:
+def _flags_of_yaml(path: Path, parser: _Parser, hints: dict) -> list[str]:
+    """A recipe's settings as flags, so that both are checked and converted alike (YAML reads 1e-3 as text)."""
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}; the first argument, if it is no flag, is a YAML file.")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names with values, got {type(values).__name__}.")
-    for name in values:
-        if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            raise ValueError(f"{path}: there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
-    return values
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold names with values, got {type(settings).__name__}.")
+    flags = []
+    for name, value in settings.items():
+        parser.check_name(name, f"{path}: ")
+        if value is None:
+            if type(None) not in get_args(hints[name]):
+                raise ValueError(f"{path}: {name} has no value; give one or leave the line out.")
+            parser.set_defaults(**{name: None})
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def parse_arguments(cls: type, leading: list[str], description: str, arguments: list[str] | None = None):
+    """An instance of the dataclass, from `value ... --flags` (default: the process's command line).
+
+    Values in front of the first flag are those of the flags named in `leading`; the last of these takes all that are
+    left. Raises ValueError as `parse_recipe` does.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    usage = "%(prog)s " + " ".join(name.upper() for name in leading) + " [--setting value ...]"
+    parser = _Parser([cls], usage=usage, description=description)
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    given, flags = arguments[:count], arguments[count:]
+    for name in leading:
+        if given:
+            taken = given if name == leading[-1] else given[:1]
+            flags += [f"--{name}", *taken]
+            given = given[len(taken) :]
+    return cls(**parser.parse(flags))
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and end the process: what the user can mend is one line on stderr and exit status 1."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, ImportError) as error:
+        message = str(error).strip()
+        if "Repo id must" in message:  # a path that is no folder is taken for a name on the Hub
+            message += " There is no such folder either."
+        if "DataLoader worker process" in message:  # torch puts the worker's traceback in front
+            message = message.splitlines()[-1].partition(": ")[2]
+        sys.exit(f"error: {' '.join(message.split())}")

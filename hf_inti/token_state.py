@@ -224,7 +224,7 @@ class Adaptation(_Method):
         return side
 
     def pool(self, x: torch.Tensor, side: torch.Tensor | None, post_layernorm: nn.LayerNorm) -> torch.Tensor:
-        """Tokens (B, T, L, D) -> video feature (B, D); by default the mean over frames of the normalised class token."""
+        """Tokens (B, T, L, D) -> video feature (B, D); by default the mean of the frames' normalised class tokens."""
         return post_layernorm(x[:, :, 0]).mean(dim=1)
 
     def trained_parameters(self) -> list[str] | None:

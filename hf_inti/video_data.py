@@ -96,9 +96,7 @@ def _load_shards(source, streaming, cache_dir):
     missing = [name for name in files if "://" not in name and not os.path.isfile(name)]
     if missing:
         raise ValueError(f"{source}: no tar shard {missing[0]}; give a file, pattern or folder of shards")
-    load = functools.partial(
-        datasets.load_dataset, "webdataset", data_files=files, split="train", cache_dir=cache_dir
-    )
+    load = functools.partial(datasets.load_dataset, "webdataset", data_files=files, split="train", cache_dir=cache_dir)
     # datasets takes only some extensions for video (webm is not one): look first, then say which columns are.
     columns = load(streaming=True).features
     features = {name: Video(decode=False) if _is_video(name) else columns[name] for name in columns}
@@ -312,6 +310,7 @@ class VideoClips(_Clips, torch.utils.data.Dataset):
             if len(bad) == MAX_DRAWS:
                 raise _all_broken(bad)
             row = self.dataset[int(torch.randint(len(self), (), generator=generators[0]))]
+
 
 class StreamingVideoClips(_Clips, torch.utils.data.IterableDataset):
     """VideoClips' items from a streamed dataset; broken videos are left out, named in a neighbour's `bad`.

@@ -25,12 +25,6 @@ import torch
 from torch.utils.data import get_worker_info
 
 
-try:
-    import av
-    from av.video.reformatter import VideoReformatter
-except ImportError:  # decoding is optional: clips may also arrive as tensors
-    av = None
-
 # Where each packet is one frame and knows when it is shown. Not so elsewhere: VP8 has packets that show
 # nothing, MPEG-TS and MPEG-PS cut packets anywhere, AVI knows no reordering.
 _PLANNED_CONTAINERS = ("mov", "matroska", "avi")
@@ -85,10 +79,9 @@ class VideoReader:
     """
 
     def __init__(self, source: Source):
-        if av is None:
-            raise ImportError("Decoding video needs PyAV, which is not installed; run `pip install av`.")
+        self._av = _import_av()
         self._file, self._name, self._owned = _open_file(source)
-        self._reformatter = VideoReformatter()  # kept, since setting up a conversion takes its time
+        self._reformatter = self._av.video.reformatter.VideoReformatter()  # kept: it takes time to set up
         try:
             self._scan()
         except BaseException:
@@ -292,11 +285,11 @@ class VideoReader:
         """The file and its first video stream, opened anew: a pass inherits no state from the one before."""
         try:
             self._file.seek(0)
-            container = av.open(self._file, mode="r", metadata_errors="ignore")
+            container = self._av.open(self._file, mode="r", metadata_errors="ignore")
         except Exception as error:
             raise self._error(f"not a video that can be opened: {_one_line(error)}") from error
         with container:
-            cover = av.stream.Disposition.attached_pic  # as of an album
+            cover = self._av.stream.Disposition.attached_pic  # as of an album
             videos = [s for s in container.streams.video if s.codec_context and not s.disposition & cover]
             if not videos:
                 raise self._error(f"no video that can be decoded among {len(container.streams)} stream(s)")
@@ -333,6 +326,16 @@ def probe_video(source: Source) -> VideoInfo:
     """Number of frames, frame rate, duration, size and timestamps of a video; see [`VideoReader`]."""
     with VideoReader(source) as reader:
         return VideoInfo(*(getattr(reader, field) for field in VideoInfo._fields))
+
+
+def _import_av():
+    """PyAV, first imported when a video is decoded: clips may also arrive as tensors, and then it need not be there."""
+    try:
+        import av
+        import av.video.reformatter
+    except ImportError as error:
+        raise ImportError("Decoding video needs PyAV, which is not installed; run `pip install av`.") from error
+    return av
 
 
 def _open_file(source: Source) -> tuple[BinaryIO, str, bool]:

@@ -68,7 +68,8 @@ def figure4(frames: torch.Tensor, weights: torch.Tensor, merged: int, path: Path
             merged_axes.set_title(f"aggregated {j + 1}", fontsize=8)
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.colorbar(maps[0], ax=figure.axes, shrink=0.4, label="predicted weight")
+    # Without panchor=False it would push the aggregated frames to the right end of their groups.
+    figure.colorbar(maps[0], ax=figure.axes, shrink=0.4, label="predicted weight", panchor=False)
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
@@ -84,7 +85,7 @@ def confusion_matrix(counts, label_names: list[str], path: Path) -> None:
     side = min(4 + 0.35 * K, 16)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if K <= 40:

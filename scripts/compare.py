@@ -36,8 +36,8 @@ TABLE_1 = [
 ]
 NOTES = """
 GMACs: multiply-adds, which the paper calls FLOPs; norms, activations, softmax and the weighted sums are not counted.
-- local_mhra, the default, reads F_cube as UniFormerV2's local unit, twice, and lies within 0.5 of every published row of
-  InTI. dwconv is Eq. 10 to the letter, one depth-wise 3x3x3 convolution: the published rows lie about 7 (B) and 17 (L)
+- local_mhra, the default, reads F_cube as UniFormerV2's local unit, twice, and lies within 0.5 of every published InTI
+  row. dwconv is Eq. 10 to the letter, one depth-wise 3x3x3 convolution: the published rows lie about 7 (B) and 17 (L)
   GMACs above it, so the authors' F_cube is not this one layer.
 - ViT-L/14 Naive: 1296.2 counted, 1297 printed; with norms and the like (about 1.1 at 16 frames) it is 1297.3.
 - Table 4 names InTI 6,7 with temporal modules but gives latencies and no GFLOPs: ours is without those modules.
@@ -67,7 +67,7 @@ def costs() -> None:
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     for n, row in enumerate(rows):
-        cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i]) for i, cell in enumerate(row)]
         print("| " + " | ".join(cells) + " |")
         if n == 0:
             print("|" + "|".join("-" * (width + 1) + ("-" if i < 2 else ":") for i, width in enumerate(widths)) + "|")

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import datasets
 from accelerate import Accelerator
-from transformers import HfArgumentParser
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.evaluation import Views, evaluate_loader, evaluation_loader
+from hf_inti.evaluation import Views, end_processes, evaluate_loader, evaluation_loader
 from hf_inti.metrics import video_scores
+from hf_inti.recipes import parse_arguments, run_script
 from hf_inti.training import describe_run
 from hf_inti.video_data import VideoClips, align_labels, load_video_dataset
 from hf_inti.video_lists import LAYOUTS
@@ -34,7 +34,7 @@ from hf_inti.visualization import confusion_matrix
 @dataclass
 class EvaluationArguments:
     model: str = field(metadata={"help": "A trained model: a folder (such as best/ or last/) or a name on the Hub."})
-    data_dir: str = field(metadata={"help": "Labelled videos: class folders, a list file, tar shards or a Hub dataset."})
+    data_dir: str = field(metadata={"help": "Labelled videos: class folders, list file, tar shards or Hub dataset."})
     output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: beside the model."})
     layout: str = field(default="auto", metadata={"help": f"auto, or one of {', '.join(LAYOUTS)}."})
     split: str = field(default="test", metadata={"help": "Which split, where the dataset has splits."})
@@ -48,11 +48,7 @@ class EvaluationArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser(EvaluationArguments, description=__doc__.split("\n\n")[0])
-    arguments = sys.argv[1:]
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]
-    (args,) = parser.parse_args_into_dataclasses(arguments)
+    args = parse_arguments(EvaluationArguments, ["model"], description=__doc__.split("\n\n")[0])
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     model = InTIClipForVideoClassification.from_pretrained(args.model)
     processor = InTIClipVideoProcessor.from_pretrained(args.model)
@@ -60,16 +56,18 @@ def main() -> None:
         processor.num_frames = args.num_frames
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     with accelerator.main_process_first():
-        dataset = load_video_dataset(
-            args.data_dir, layout=args.layout, split=args.split, video_root=args.video_root
-        )
+        dataset = load_video_dataset(args.data_dir, layout=args.layout, split=args.split, video_root=args.video_root)
         dataset = align_labels(dataset, names)
     clips = VideoClips(dataset, Views(processor, args.num_clips, args.num_crops), on_bad_video="keep")
     loader = evaluation_loader(clips, accelerator, args.batch_size, args.num_workers)
     metrics, result, bad = evaluate_loader(accelerator.prepare_model(model, evaluation_mode=True), loader, accelerator)
-    if not accelerator.is_main_process:
-        return
+    if accelerator.is_main_process:
+        report(args, processor, names, dataset, metrics, result, bad)
+    end_processes(accelerator)
 
+
+def report(args, processor, names, dataset, metrics, result, bad) -> None:
+    """Write and print what `evaluate_loader` found."""
     default = Path(args.model) / "evaluation" if Path(args.model).is_dir() else Path("evaluation")
     output_dir = Path(args.output_dir or default)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -103,7 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

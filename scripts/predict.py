@@ -21,10 +21,10 @@ import datasets
 from accelerate import Accelerator
 from datasets import Features, Value, Video
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.evaluation import Views, evaluation_loader, predict_batches
+from hf_inti.evaluation import Views, end_processes, evaluation_loader, predict_batches
+from hf_inti.recipes import parse_arguments, run_script
 from hf_inti.video_data import VideoClips
 from hf_inti.video_lists import VIDEO_EXTENSIONS
 
@@ -56,12 +56,9 @@ def find_videos(places: list[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = HfArgumentParser(PredictionArguments, description=__doc__.split("\n\n")[0])
-    arguments = sys.argv[1:]
-    flags = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    if flags >= 2:  # predict.py MODEL VIDEO...
-        arguments = ["--model", arguments[0], "--videos", *arguments[1:flags], *arguments[flags:]]
-    (args,) = parser.parse_args_into_dataclasses(arguments)
+    args = parse_arguments(PredictionArguments, ["model", "videos"], description=__doc__.split("\n\n")[0])
+    if args.top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {args.top_k}.")
     paths = find_videos(args.videos)
     accelerator = Accelerator()
     model = InTIClipForVideoClassification.from_pretrained(args.model)
@@ -73,7 +70,8 @@ def main() -> int:
     loader = evaluation_loader(clips, accelerator, args.batch_size, min(args.num_workers, len(paths) - 1))
     width = max(len(path) for path in paths)
     broken = 0
-    for batch in predict_batches(accelerator.prepare_model(model, evaluation_mode=True), loader, accelerator, "Predicting"):
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    for batch in predict_batches(model, loader, accelerator, "Predicting"):
         reasons = dict(entry.split("\t", 1) for entry in batch["bad"])
         scores = batch["logits"].softmax(-1).mean(1)  # (B, K)
         for index, score in zip(batch["index"].tolist(), scores, strict=True):
@@ -87,14 +85,13 @@ def main() -> int:
                 pairs = [(names[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
                 found = {"video": path, "predictions": [{"label": name, "score": s} for name, s in pairs]}
                 line = f"{path:{width}}  " + "  ".join(f"{name} {s:.1%}" for name, s in pairs)
-            tqdm.write(json.dumps(found) if args.json else line)  # above the bar
-    if broken:
+            if accelerator.is_main_process:
+                tqdm.write(json.dumps(found) if args.json else line)  # above the bar
+    if broken and accelerator.is_main_process:
         print(f"{broken} of {len(paths)} videos could not be read.", file=sys.stderr)
+    end_processes(accelerator)
     return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

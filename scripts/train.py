@@ -23,84 +23,37 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed, tqdm
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from transformers import logging
+from transformers.utils.logging import disable_progress_bar
 
-from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
+from hf_inti import InTIClipVideoProcessor
 from hf_inti.augmentation import BatchMixing
-from hf_inti.evaluation import Views, evaluate_loader, evaluation_loader
-from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from hf_inti.evaluation import end_processes, evaluate_loader, evaluation_loader
+from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe, run_script
 from hf_inti.training import (
-    NEW_MODULES,
-    AllFrames,
     MetricsLog,
-    TrainingClip,
-    build_augmentation,
+    batches_of_all,
+    build_clips,
+    build_model,
     build_optimizer,
+    check_same_run,
     describe_run,
+    frame_size,
     newest_checkpoint,
     replace_folder,
 )
 from hf_inti.video_data import (
     BadVideos,
-    StreamingVideoClips,
-    VideoClips,
     align_labels,
-    cache_frames,
     collate,
     label_names_of,
     load_video_dataset,
     stable_hash,
 )
-
-
-def build_model(arguments: ModelArguments, label_names: list[str]) -> InTIClipForVideoClassification:
-    options = {
-        **arguments.config_options(),
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: i for i, name in enumerate(label_names)},
-    }
-    values, _ = InTIClipVisionConfig.get_config_dict(arguments.model)
-    if values.get("model_type") == InTIClipVisionConfig.model_type:  # go on from one of ours, with another head
-        config = InTIClipVisionConfig.from_dict({**values, **options})
-    else:
-        config = InTIClipVisionConfig.from_clip(arguments.model, **options)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # new modules are missing from any CLIP checkpoint: 40 lines that say nothing
-    model, report = InTIClipForVideoClassification.from_pretrained(
-        arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    logging.set_verbosity(verbosity)
-    mismatched = {name for name, *_ in report["mismatched_keys"]}
-    lacking = [n for n in report["missing_keys"] | mismatched if not n.removeprefix("vision_model.").startswith(NEW_MODULES)]
-    if lacking:
-        raise ValueError(f"{arguments.model} has no {sorted(lacking)[0]} of this shape; is it CLIP's vision tower?")
-    if arguments.activation_checkpointing:
-        model.activation_checkpointing_enable()
-    return model
-
-
-def build_clips(data: DataArguments, training: TrainingArguments, processor, label_names, train_set, eval_set, accelerator):
-    """Datasets of training clips and, where there is an evaluation set, of evaluation clips."""
-    size = processor.size["shortest_edge"]
-    resize = data.resize or size
-    if data.cache_frames:
-        with accelerator.main_process_first():
-            train_set = cache_frames(train_set, AllFrames(processor, resize))
-            eval_set = eval_set and cache_frames(eval_set, AllFrames(processor, size))
-    augmentation = build_augmentation(data, processor.crop_size["height"], label_names)
-    shared = {"seed": training.seed, "repeats": data.repeats, "with_label": True}
-    transform = TrainingClip(processor, augmentation, resize)
-    if data.streaming:
-        place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        train_clips = StreamingVideoClips(train_set, transform, shuffle_buffer=1000, **place, **shared)
-    else:
-        train_clips = VideoClips(train_set, transform, on_bad_video=data.on_bad_video, **shared)
-    eval_clips = eval_set and VideoClips(eval_set, Views(processor), on_bad_video="keep")
-    return train_clips, eval_clips
 
 
 def due(every: int | None, count: int) -> bool:
@@ -113,6 +66,9 @@ def main() -> None:
     )
     if data.streaming and training.max_steps is None:
         raise ValueError("--streaming needs --max_steps: the length of a stream is not known beforehand.")
+    if training.report_to not in (None, "all", *map(str, get_available_trackers())):
+        raise ValueError(f"report_to names {training.report_to}, which is not installed; install it, or leave it out.")
+    output_dir = Path(training.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision=training.mixed_precision,
@@ -122,12 +78,12 @@ def main() -> None:
         step_scheduler_with_optimizer=False,  # the schedule counts optimiser steps, whatever the number of processes
     )
     set_seed(training.seed)
-    output_dir = Path(training.output_dir)
+    disable_progress_bar()  # of loading and saving weights, beside ours
     output_dir.mkdir(parents=True, exist_ok=True)
-    resume_from = newest_checkpoint(output_dir)
-    if resume_from is not None and not training.resume:
-        raise ValueError(f"{output_dir} holds checkpoints of a run; give --resume, or another --output_dir.")
-    resume_from = resume_from if training.resume else None
+    run_file = output_dir / "run.json"
+    if run_file.exists() and not training.resume:
+        raise ValueError(f"{output_dir} holds a run; give --resume to go on with it, or another --output_dir.")
+    resume_from = newest_checkpoint(output_dir)  # none: begin
 
     load = partial(load_video_dataset, layout=data.layout, video_root=data.video_root)
     with accelerator.main_process_first():
@@ -138,12 +94,12 @@ def main() -> None:
     size = model.config.image_size
     given = {name: getattr(data, name) for name in ("sampling", "frame_stride", "image_mean", "image_std")}
     processor = InTIClipVideoProcessor(
-        num_frames=model_args.num_frames,
-        size={"shortest_edge": size},
+        num_frames=model.config.num_frames,
+        size=frame_size(size, data.squash),
         crop_size={"height": size, "width": size},
         **{name: value for name, value in given.items() if value is not None},
     )
-    train_clips, eval_clips = build_clips(data, training, processor, label_names, train_set, eval_set, accelerator)
+    train_clips, eval_clips = build_clips(data, training, processor, train_set, eval_set, accelerator)
     loader = DataLoader(
         train_clips,
         batch_size=training.batch_size,
@@ -160,7 +116,10 @@ def main() -> None:
     if eval_clips:
         eval_loader = evaluation_loader(eval_clips, accelerator, training.eval_batch_size, data.num_workers)
     accumulate = training.gradient_accumulation_steps
-    steps_per_epoch = training.max_steps if data.streaming else -(-len(loader) // accumulate)
+    if data.streaming:  # of unknown length: max_steps stand for the recipe's epochs, of which warm-up is a share
+        steps_per_epoch = training.max_steps / training.epochs
+    else:
+        steps_per_epoch = -(-len(loader) // accumulate)
     total_steps = training.max_steps or training.epochs * steps_per_epoch
     optimizer, scheduler = build_optimizer(model, training, steps_per_epoch, total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -176,24 +135,30 @@ def main() -> None:
         label_smoothing=data.label_smoothing,
     )
 
+    run = describe_run(
+        model_args,
+        data,
+        training,
+        config=accelerator.unwrap_model(model).config.to_dict(),
+        num_processes=accelerator.num_processes,
+        train_fingerprint=getattr(train_set, "_fingerprint", None),
+        eval_fingerprint=getattr(eval_set, "_fingerprint", None),
+    )
     progress = {"epoch": 0, "batches": 0, "step": 0, "best": -1.0}  # batches: done of this epoch
-    bad = BadVideos()
+    bad, losses, metrics_size = BadVideos(), [], 0  # losses: since they were last logged
     if resume_from is not None:
+        check_same_run(json.loads(run_file.read_text()), run)
         accelerator.load_state(str(resume_from))
         progress = json.loads((resume_from / "progress.json").read_text())
         bad.add(progress.pop("bad"))
+        losses = [torch.tensor(loss, device=accelerator.device) for loss in progress.pop("losses")]
+        metrics_size = progress.pop("metrics_size")
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        log = MetricsLog(output_dir / "metrics.jsonl", resumed_at=progress["step"])
-        run = describe_run(
-            model_args,
-            data,
-            training,
-            config=accelerator.unwrap_model(model).config.to_dict(),
-            num_processes=accelerator.num_processes,
-            train_fingerprint=getattr(train_set, "_fingerprint", None),
-            eval_fingerprint=getattr(eval_set, "_fingerprint", None),
-        )
-        (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n")
+        log = MetricsLog(output_dir / "metrics.jsonl", metrics_size)
+        part = output_dir / "run.json.part"
+        part.write_text(json.dumps({**run, "resumed_at_step": progress["step"]}, indent=2) + "\n")
+        os.replace(part, run_file)
     accelerator.init_trackers("hf_inti", config=None)
 
     def record(**values) -> None:
@@ -202,16 +167,15 @@ def main() -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         accelerator.log(numbers, step=progress["step"])
 
-    def trained_model() -> InTIClipForVideoClassification:
-        return ema.module if ema is not None else accelerator.unwrap_model(model)
-
     def save_model(name: str) -> None:
         state = ema.module.state_dict() if ema is not None else accelerator.get_state_dict(model)
         if accelerator.is_main_process:
+            trained = ema.module if ema is not None else accelerator.unwrap_model(model)
             finished = output_dir / f"{name}.part"
-            trained_model().save_pretrained(finished, state_dict=state)
+            shutil.rmtree(finished, ignore_errors=True)
+            trained.save_pretrained(finished, state_dict=state)
             processor.save_pretrained(finished)
-            shutil.copy(output_dir / "run.json", finished)
+            shutil.copy(run_file, finished)
             replace_folder(finished, output_dir / name)
         accelerator.wait_for_everyone()
 
@@ -221,12 +185,18 @@ def main() -> None:
 
     def save_checkpoint() -> None:
         share_bad_videos()
+        if losses:  # those of all processes, since there is one file
+            losses[:] = accelerator.reduce(torch.stack(losses), "mean").unbind()
         folder = output_dir / "checkpoints"
         part = folder / f"step_{progress['step']}.part"
         accelerator.save_state(str(part))
         if accelerator.is_main_process:
-            entries = [f"{name}\t{reason}" for name, reason in bad.reasons.items()]
-            (part / "progress.json").write_text(json.dumps({**progress, "bad": entries}))
+            rest = {
+                "bad": [f"{name}\t{reason}" for name, reason in bad.reasons.items()],
+                "losses": [loss.item() for loss in losses],
+                "metrics_size": log.size,
+            }
+            (part / "progress.json").write_text(json.dumps({**progress, **rest}))
             replace_folder(part, folder / f"step_{progress['step']}")
             for old in folder.iterdir():  # only the newest is of use
                 if old.name != f"step_{progress['step']}":
@@ -238,7 +208,8 @@ def main() -> None:
         bad.add([f"{name}\t{reason}" for name, reason in unreadable.reasons.items()])
         values = {name: metrics[name] for name in ("top1", "top5", "mean_class_accuracy", "num_unreadable")}
         record(**{f"eval_{name}": value for name, value in values.items()})
-        accelerator.print(f"epoch {progress['epoch']}: top-1 {metrics['top1']:.1%}, top-5 {metrics['top5']:.1%}")
+        if accelerator.is_main_process:
+            bar.write(f"epoch {progress['epoch']}: top-1 {metrics['top1']:.1%}, top-5 {metrics['top5']:.1%}")
         if metrics["top1"] > progress["best"]:
             progress["best"] = metrics["top1"]
             save_model("best")
@@ -247,27 +218,32 @@ def main() -> None:
         mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         losses.clear()
         if not math.isfinite(mean):
-            raise ValueError(f"the loss is {mean} at step {progress['step']}; lower --learning_rate, or use bf16, not fp16.")
+            raise ValueError(
+                f"the loss is {mean} at step {progress['step']}; lower learning_rate, or use bf16, not fp16."
+            )
         record(loss=mean, learning_rate=scheduler.get_last_lr()[0])
 
     bar = tqdm(total=total_steps, initial=progress["step"], desc="Training", unit="step")
-    losses = []
-    while progress["step"] < total_steps:
+    done = progress["step"] >= total_steps
+    while not done:
         train_clips.set_epoch(progress["epoch"])
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(progress["epoch"])
         model.train()
         rest = accelerator.skip_first_batches(loader, progress["batches"]) if progress["batches"] else loader
+        if data.streaming and accelerator.num_processes > 1:
+            rest = batches_of_all(rest, accelerator)
         for batch in rest:
             progress["batches"] += 1
             bad.add(batch["bad"])
             # What dropout and mixing draw depends on the place in the run alone, so that a resumed run goes on as it
             # would have.
-            place = stable_hash(repr((training.seed, progress["epoch"], progress["batches"], accelerator.process_index)))
-            torch.manual_seed(place)
+            place = (training.seed, progress["epoch"], progress["batches"], accelerator.process_index)
+            place_seed = stable_hash(repr(place))
+            torch.manual_seed(place_seed)
             pixel_values = processor.finish(batch["pixel_values"].to(accelerator.device))
             labels = batch["labels"].to(accelerator.device)
-            pixel_values, targets = mixing(pixel_values, labels, torch.Generator().manual_seed(place))
+            pixel_values, targets = mixing(pixel_values, labels, torch.Generator().manual_seed(place_seed))
             with accelerator.accumulate(model):
                 loss = cross_entropy(model(pixel_values=pixel_values).logits.float(), targets)
                 accelerator.backward(loss)
@@ -291,11 +267,14 @@ def main() -> None:
                 save_checkpoint()
             if done:
                 break
+        if progress["batches"] == 0:
+            raise ValueError(f"{data.train_dir} gave no batch of readable videos; every process needs some.")
         if data.streaming or progress["batches"] == len(loader):
             progress["epoch"], progress["batches"] = progress["epoch"] + 1, 0
             if eval_loader and (due(training.eval_every_epochs, progress["epoch"]) or done):
                 evaluate()
-            if due(training.checkpoint_every_epochs, progress["epoch"]):
+            # Not amid an accumulated gradient, where a stream may end: no checkpoint holds that.
+            if due(training.checkpoint_every_epochs, progress["epoch"]) and accelerator.sync_gradients:
                 save_checkpoint()
         elif eval_loader:  # stopped by max_steps in the middle of an epoch
             evaluate()
@@ -304,13 +283,12 @@ def main() -> None:
     share_bad_videos()
     if accelerator.is_main_process:
         (output_dir / "bad_videos.json").write_text(bad.to_json() + "\n")
-        accelerator.print(bad.report())
-        accelerator.print(f"The trained model is in {output_dir / 'last'}" + (", the best in best/." if eval_clips else "."))
-    accelerator.end_training()
+        if len(bad):
+            print(bad.report())
+        best = f", the best (top-1 {progress['best']:.1%}) in {output_dir / 'best'}" if eval_loader else ""
+        print(f"Trained {progress['step']} steps; the model is in {output_dir / 'last'}{best}.")
+    end_processes(accelerator)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -5,14 +5,13 @@
 Input frames, the predicted weights of their patches as heat maps (multiplied over the stages), the aggregated frames.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
+from hf_inti.recipes import parse_arguments, run_script
 from hf_inti.visualization import cascaded_weights, figure4
 
 
@@ -25,11 +24,7 @@ class VisualizationArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser(VisualizationArguments, description=__doc__.split("\n\n")[0])
-    arguments = sys.argv[1:]
-    if len(arguments) >= 2 and not arguments[0].startswith("-") and not arguments[1].startswith("-"):
-        arguments = ["--model", arguments[0], "--video", *arguments[1:]]
-    (args,) = parser.parse_args_into_dataclasses(arguments)
+    args = parse_arguments(VisualizationArguments, ["model", "video"], description=__doc__.split("\n\n")[0])
     model = InTIClipForVideoClassification.from_pretrained(args.model).eval()
     processor = InTIClipVideoProcessor.from_pretrained(args.model)
     frames = processor(args.video, num_frames=args.num_frames, do_rescale=False, do_normalize=False)["pixel_values"]
@@ -49,7 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -17,7 +17,10 @@ CASES = [
     {"head": "sigmoid"},
     {"head": "attention"},
     {"head": "attention", "fusion": "concat", "cube": "dwconv"},
-    *({"context": context} for context in [(), ("cube",), ("frame",), ("global",), ("cube", "frame"), ("frame", "global")]),
+    *({"context": (name,)} for name in ("cube", "frame", "global")),
+    {"context": ()},
+    {"context": ("cube", "frame")},
+    {"context": ("frame", "global")},
     {"context": ("frame",), "fusion": "concat"},
 ]
 

@@ -105,9 +105,7 @@ def test_unreadable_videos_are_wrong(metric):
 def test_top5_is_capped_and_ties_go_to_the_lower_class(metric):
     result = metric.compute(predictions=[[0.0, 0.0], [0.0, 0.0]], references=[0, 1], video_ids=[0, 1])
     assert result["top1"] == 0.5 and result["top5"] == 1.0
-    many = metric.compute(
-        predictions=[[0.0] * 40] * 40, references=list(range(40)), video_ids=list(range(40))
-    )
+    many = metric.compute(predictions=[[0.0] * 40] * 40, references=list(range(40)), video_ids=list(range(40)))
     assert many["top1"] == pytest.approx(1 / 40) and many["top5"] == pytest.approx(5 / 40)
     assert many["per_class"]["0"] == 1.0
 

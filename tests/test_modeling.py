@@ -90,7 +90,9 @@ def check_initial_values(model) -> None:
     assert checked == set(model.base_model.compression.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"cube": "dwconv", "head": "attention"}, {"fusion": "concat", "head": "sigmoid"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cube": "dwconv", "head": "attention"}, {"fusion": "concat", "head": "sigmoid"}]
+)
 def test_initial_values_after_direct_construction(tiny_config, options):
     config = tiny_config(compression_options=options)
     for cls in (InTIClipVisionModel, InTIClipForVideoClassification):
@@ -271,9 +273,7 @@ def test_export_with_dynamic_batch_and_frames(tiny_config, cube):
             return self.model(pixel_values).logits
 
     dims = {0: torch.export.Dim("batch", min=1, max=64), 1: 4 * torch.export.Dim("quarter", min=3, max=16)}
-    program = torch.export.export(
-        Logits(), (torch.randn(2, 16, 3, 32, 32),), dynamic_shapes={"pixel_values": dims}
-    )
+    program = torch.export.export(Logits(), (torch.randn(2, 16, 3, 32, 32),), dynamic_shapes={"pixel_values": dims})
     for shape in ((1, 12), (3, 32)):
         pixel_values = torch.randn(*shape, 3, 32, 32)
         torch.testing.assert_close(program.module()(pixel_values), model(pixel_values).logits, rtol=0, atol=1e-6)

@@ -30,7 +30,8 @@ def test_trainer_script(tmp_path, monkeypatch):
     CLIPVisionModel(CLIPVisionConfig(**{**TINY, "image_size": 224, "patch_size": 56})).save_pretrained("clip")
     for i in range(8):
         write_video(tmp_path / "my_videos" / f"class_{i % 2}" / f"{i}.mp4", seed=i)
-    script = script.replace("openai/clip-vit-base-patch16", "clip").replace("learning_rate=2e-5", "learning_rate=2e-5, max_steps=2, report_to='none', use_cpu=True")
+    script = script.replace("openai/clip-vit-base-patch16", "clip")
+    script = script.replace("learning_rate=2e-5", "learning_rate=2e-5, max_steps=2, report_to='none', use_cpu=True")
     names = {}
     exec(script, names)
     assert names["trainer"].state.global_step == 2

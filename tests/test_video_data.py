@@ -79,9 +79,7 @@ def rows(dataset, root):
 
 def test_folder_takes_all_extensions_and_leaves_other_files_out(tmp_path):
     kept = ["b/x.mp4", "b/deep/er/y.WEBM", "a/z.avi", "a/q.Mov", "a/r.3gp", "a/n.ogv"]
-    touch(
-        *(tmp_path / name for name in [*kept, "a/.hidden.mp4", "a/notes.txt", ".git/x.mp4", "b/.tmp/x.mp4"])
-    )
+    touch(*(tmp_path / name for name in [*kept, "a/.hidden.mp4", "a/notes.txt", ".git/x.mp4", "b/.tmp/x.mp4"]))
     (tmp_path / "b" / "loop").symlink_to(tmp_path / "b")
     (tmp_path / "empty").mkdir()
     dataset = load_video_dataset(tmp_path)
@@ -138,9 +136,7 @@ def test_kinetics(tmp_path):
     path = tmp_path / "val.csv"
     lines = ["riding a bike,-abc,7,17,validate", "yoga,x_y,120,130,validate", "yoga,gone,0,10,validate"]
     path.write_text("\n".join(["label,youtube_id,time_start,time_end,split", *lines]) + "\n")
-    touch(
-        tmp_path / "v" / "riding_a_bike" / "-abc_000007_000017.mp4", tmp_path / "v" / "x_y_000120_000130.mp4"
-    )
+    touch(tmp_path / "v" / "riding_a_bike" / "-abc_000007_000017.mp4", tmp_path / "v" / "x_y_000120_000130.mp4")
     assert rows(load_video_dataset(path, video_root=tmp_path / "v"), tmp_path / "v") == {
         "riding_a_bike/-abc_000007_000017.mp4": "riding a bike",
         "x_y_000120_000130.mp4": "yoga",
@@ -162,9 +158,7 @@ def test_kinetics_file_of_several_splits(tmp_path):
 
 @pytest.mark.parametrize("separator", [" ", ",", ", ", "\t"])
 def test_plain_list_of_indices(tmp_path, separator):
-    (tmp_path / "list.txt").write_text(
-        f"a b/1.mp4{separator}2\n\nc.WEBM{separator}0\na b/1.mp4{separator}2\n"
-    )
+    (tmp_path / "list.txt").write_text(f"a b/1.mp4{separator}2\n\nc.WEBM{separator}0\na b/1.mp4{separator}2\n")
     touch(tmp_path / "a b" / "1.mp4", tmp_path / "c.WEBM")
     dataset = load_video_dataset(tmp_path / "list.txt")
     assert [os.path.relpath(row["video"]["path"], tmp_path) for row in dataset] == [
@@ -283,9 +277,7 @@ def write_shards(folder, extension="mp4", label=lambda i: ("cls", b"%d" % (i % 2
 def test_webdataset(tmp_path, extension, streaming):
     write_shards(tmp_path / "w", extension)
     for source in (tmp_path / "w", tmp_path / "w" / "s-{000..001}.tar", tmp_path / "w" / "s-*.tar"):
-        dataset = load_video_dataset(
-            source, label_names=["even", "odd"], streaming=streaming, cache_dir=str(tmp_path)
-        )
+        dataset = load_video_dataset(source, label_names=["even", "odd"], streaming=streaming, cache_dir=str(tmp_path))
         found = list(dataset)
         assert [row["label"] for row in found] == [0, 1] * 3
         assert label_names_of(dataset) == ["even", "odd"]
@@ -322,9 +314,7 @@ def test_parquet_as_from_the_hub(tmp_path, streaming):
     features = datasets.Features(columns)
     table = {"clip": [{"path": f"{i}.mp4", "bytes": video} for i in range(2)], "n": [5, 6], "label": [1, 0]}
     (tmp_path / "hub" / "data").mkdir(parents=True)
-    datasets.Dataset.from_dict(table, features=features).to_parquet(
-        str(tmp_path / "hub/data/train-0.parquet")
-    )
+    datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / "hub/data/train-0.parquet"))
     options = {"video_column": "clip", "streaming": streaming, "cache_dir": str(tmp_path)}
     dataset = load_video_dataset(tmp_path / "hub", **options)
     found = list(dataset)
@@ -571,9 +561,7 @@ def stems(items):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_streams_share_out_every_video_once(folder, workers, world_size):
-    shares = [
-        streamed(folder, workers, rank=r, world_size=world_size, shuffle_buffer=4) for r in range(world_size)
-    ]
+    shares = [streamed(folder, workers, rank=r, world_size=world_size, shuffle_buffer=4) for r in range(world_size)]
     assert sorted(stem for share in shares for stem in stems(share)) == ["0", "1", "2", "4", "5"]
     alone = {item["video_id"]: item for item in streamed(folder)}
     for item in (item for share in shares for item in share):
@@ -586,9 +574,7 @@ def test_streams_share_out_every_video_once(folder, workers, world_size):
 def test_streams_name_the_broken_even_at_the_end(folder):
     for order in range(6):
         items = streamed(folder, epoch=order, shuffle_buffer=6)
-        assert [entry.partition("\t")[0] for item in items for entry in item["bad"]] == [
-            str(folder / "b" / "3.mp4")
-        ]
+        assert [entry.partition("\t")[0] for item in items for entry in item["bad"]] == [str(folder / "b" / "3.mp4")]
     (folder / "b" / "5.mp4").write_bytes(b"")
     assert len(collate(streamed(folder))["bad"]) == 2  # 5.mp4 is the last one
 
@@ -680,8 +666,4 @@ def test_real_class_folders():
     assert (len(train), len(test)) == (1200, 300)
     assert label_names_of(train) == label_names_of(test) and len(label_names_of(train)) == 10
     item = VideoClips(test, transform, on_bad_video="error")[299]
-    assert (
-        item["labels"] == 9
-        and "you_are_welcome" in item["video_id"]
-        and item["pixel_values"].shape[-1] == 128
-    )
+    assert item["labels"] == 9 and "you_are_welcome" in item["video_id"] and item["pixel_values"].shape[-1] == 128

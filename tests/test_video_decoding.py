@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import struct
+import sys
 import weakref
 from fractions import Fraction
 from itertools import accumulate, cycle
@@ -546,6 +547,6 @@ def test_in_dataloader_workers(clip, tmp_path):
 
 
 def test_without_pyav(monkeypatch, clip):
-    monkeypatch.setattr(video_decoding, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
     with pytest.raises(ImportError, match="pip install av"):
         VideoReader(clip)
