@@ -205,9 +205,12 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         adaptation has nothing to fold.
         """
         model = self.base_model
-        options = model.adaptation.merge(model.encoder.layers)
+        adapted = model.adaptation
+        options = adapted.merge(model.encoder.layers)
         self.config.adaptation_options = options
-        model.adaptation = ADAPTATIONS[self.config.adaptation](self.config.tower, **options)
+        merged = ADAPTATIONS[self.config.adaptation](self.config.tower, **options)
+        merged.load_state_dict(adapted.state_dict(), strict=False)  # what was not folded, such as an embedding
+        model.adaptation = merged.to(self.device, self.dtype).train(self.training)
 
 
 class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):

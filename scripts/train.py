@@ -190,6 +190,7 @@ def main() -> None:
         folder = output_dir / "checkpoints"
         part = folder / f"step_{progress['step']}.part"
         accelerator.save_state(str(part))
+        accelerator.wait_for_everyone()  # each process writes something of its own
         if accelerator.is_main_process:
             rest = {
                 "bad": [f"{name}\t{reason}" for name, reason in bad.reasons.items()],
