@@ -8,7 +8,7 @@ A recipe holds the same names as the command line has flags; what the command li
 import difflib
 import json
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -132,7 +132,7 @@ class TrainingArguments:
     adam_beta2: float = _help("AdamW's second beta.", 0.999)
     adam_epsilon: float = _help("AdamW's epsilon.", 1e-8)
     max_grad_norm: float | None = _help("Clip the gradient to this norm; default: no clipping.")
-    mixed_precision: str = _help("no, bf16 or fp16.", "no")
+    mixed_precision: str = _help("Numbers to compute with: bf16, fp16, or no for float32.", "no")
     ema_decay: float | None = _help("Keep a moving average of the weights with this decay, and evaluate and save that.")
     seed: int = _help("Seed of the head, the order of videos and all augmentation.", 0)
     eval_every_epochs: int = _help("Evaluate after every so many epochs (one view of each video).", 1)
@@ -152,7 +152,7 @@ class TrainingArguments:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}; leave it out to train all epochs.")
 
 
-class _Help(ArgumentDefaultsHelpFormatter):
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     def _get_help_string(self, action):  # "(default: None)" and "(default: False)" say nothing
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 

@@ -36,7 +36,7 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "A trained model: a folder (such as best/ or last/) or a name on the Hub."})
     data_dir: str = field(metadata={"help": "Labelled videos: class folders, list file, tar shards or Hub dataset."})
     output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: beside the model."})
-    layout: str = field(default="auto", metadata={"help": f"auto, or one of {', '.join(LAYOUTS)}."})
+    layout: str = field(default="auto", metadata={"help": f"Layout: auto, or one of {', '.join(LAYOUTS)}."})
     split: str = field(default="test", metadata={"help": "Which split, where the dataset has splits."})
     video_root: str | None = field(default=None, metadata={"help": "Where a list's videos lie; default: beside it."})
     num_frames: int | None = field(default=None, metadata={"help": "Frames of each clip; default: as in training."})
@@ -44,11 +44,11 @@ class EvaluationArguments:
     num_crops: int = field(default=1, metadata={"help": "Crops of each clip: 1 (centre) or 3."})
     batch_size: int = field(default=8, metadata={"help": "Videos in each batch of each process."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode, for each evaluating process."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16."})
+    mixed_precision: str = field(default="no", metadata={"help": "Numbers to compute with: bf16, fp16, no (float32)."})
 
 
 def main() -> None:
-    args = parse_arguments(EvaluationArguments, ["model"], description=__doc__.split("\n\n")[0])
+    args = parse_arguments(EvaluationArguments, ["model"], description=__doc__)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     model = InTIClipForVideoClassification.from_pretrained(args.model)
     processor = InTIClipVideoProcessor.from_pretrained(args.model)

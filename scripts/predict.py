@@ -56,7 +56,7 @@ def find_videos(places: list[str]) -> list[str]:
 
 
 def main() -> int:
-    args = parse_arguments(PredictionArguments, ["model", "videos"], description=__doc__.split("\n\n")[0])
+    args = parse_arguments(PredictionArguments, ["model", "videos"], description=__doc__)
     if args.top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {args.top_k}.")
     paths = find_videos(args.videos)

@@ -61,9 +61,7 @@ def due(every: int | None, count: int) -> bool:
 
 
 def main() -> None:
-    model_args, data, training = parse_recipe(
-        [ModelArguments, DataArguments, TrainingArguments], description=__doc__.split("\n\n")[0]
-    )
+    model_args, data, training = parse_recipe([ModelArguments, DataArguments, TrainingArguments], description=__doc__)
     if data.streaming and training.max_steps is None:
         raise ValueError("--streaming needs --max_steps: the length of a stream is not known beforehand.")
     if training.report_to not in (None, "all", *map(str, get_available_trackers())):

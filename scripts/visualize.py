@@ -24,7 +24,7 @@ class VisualizationArguments:
 
 
 def main() -> None:
-    args = parse_arguments(VisualizationArguments, ["model", "video"], description=__doc__.split("\n\n")[0])
+    args = parse_arguments(VisualizationArguments, ["model", "video"], description=__doc__)
     model = InTIClipForVideoClassification.from_pretrained(args.model).eval()
     processor = InTIClipVideoProcessor.from_pretrained(args.model)
     frames = processor(args.video, num_frames=args.num_frames, do_rescale=False, do_normalize=False)["pixel_values"]

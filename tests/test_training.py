@@ -1,0 +1,469 @@
+"""What the scripts are made of: recipes, optimiser groups, files that survive a kill, costs, pictures."""
+
+import os
+import runpy
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
+from hf_inti.costs import PARTS, count_costs
+from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_arguments, parse_recipe, run_script
+from hf_inti.training import (
+    MetricsLog,
+    build_optimizer,
+    check_same_run,
+    describe_run,
+    is_new,
+    newest_checkpoint,
+    parameter_groups,
+    replace_folder,
+)
+from hf_inti.video_decoding import VideoDecodingError
+from hf_inti.visualization import aggregated_frames, cascaded_weights, confusion_matrix, figure4, training_curves
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
+ALL = [ModelArguments, DataArguments, TrainingArguments]
+REQUIRED = ["--model", "tower", "--train_dir", "videos", "--output_dir", "out"]
+L14 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+TOWERS = {"openai/clip-vit-base-patch16": {"patch_size": 16}, "openai/clip-vit-large-patch14": L14}
+
+
+# Recipes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A function that writes a YAML file and gives its path."""
+
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_recipe_gives_values_of_the_right_kind(recipe):
+    path = recipe(
+        "learning_rate: 1e-3\nadam_epsilon: 1E-9\nepochs: 7\ncompression_layers: [1, 2]\nimage_mean: [5e-1, 0.5, 1]\n"
+        "compression_options: {cube: dwconv, context: [cube, frame]}\nflip_label_map: {86: 87}\nflip: true\n"
+        "checkpoint_every_epochs: null\nmax_grad_norm: 20\nmodel: tower of mine\n"
+    )
+    model, data, training = parse_recipe(ALL, [path, "--train_dir", "videos", "--output_dir", "out"])
+    assert (training.learning_rate, training.adam_epsilon, training.epochs) == (1e-3, 1e-9, 7)
+    assert (training.checkpoint_every_epochs, training.max_grad_norm) == (None, 20.0)
+    assert model.compression_layers == [1, 2] and data.image_mean == [0.5, 0.5, 1.0]
+    assert all(isinstance(value, float) for value in data.image_mean)
+    assert model.compression_options == {"cube": "dwconv", "context": ["cube", "frame"]}
+    assert data.flip is True and data.flip_label_map == {"86": 87} and model.model == "tower of mine"
+    assert data.crop_area == [0.08, 1.0]  # a default
+
+
+def test_command_line_wins(recipe):
+    path = recipe("epochs: 7\nflip: true\ncompression_layers: [1, 2]\nmodel: a\ncompression_options: {cube: dwconv}\n")
+    flags = ["--epochs", "3", "--flip", "false", "--compression_layers", "3"]
+    flags += ["--compression_options", '{"head": "sigmoid"}']
+    model, data, training = parse_recipe(ALL, [path, *REQUIRED, *flags])
+    assert (training.epochs, data.flip, model.model) == (3, False, "tower")
+    assert model.compression_layers == [3] and model.compression_options == {"head": "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("epoch: 3", "recipe.yaml: there is no setting 'epoch', did you mean 'epochs'?"),
+        ("qqqq: 3", "recipe.yaml: there is no setting 'qqqq';"),
+        ("epochs: three", "argument --epochs: invalid int value: 'three'"),
+        ("epochs: 2.5", "argument --epochs: invalid int value: '2.5'"),
+        ("epochs:", "recipe.yaml: epochs has no value"),
+        ("epochs: [1, 2]", "there is no place for '2'"),
+        ("compression_options: [cube]", "wanted a JSON mapping such as"),
+        ("epochs: 0", "epochs must be at least 1, got 0"),
+        ("mixed_precision: fp8", "mixed_precision must be no, bf16 or fp16, got 'fp8'"),
+        ("on_bad_video: keep", "on_bad_video must be skip or error, got 'keep'"),
+        ("a: [", "recipe.yaml is no valid YAML: "),
+        ("- a", "recipe.yaml must hold names with values, got list"),
+    ],
+)
+def test_wrong_recipes(text, wanted, recipe):
+    with pytest.raises(ValueError) as error:
+        parse_recipe(ALL, [recipe(text), *REQUIRED])
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_required_settings_may_come_from_either_place(recipe):
+    with pytest.raises(ValueError, match="--model is required, here or in the recipe: Where training starts"):
+        parse_recipe(ALL, REQUIRED[2:])
+    assert parse_recipe(ALL, [recipe("model: b"), *REQUIRED[2:]])[0].model == "b"
+
+
+def test_leading_values():
+    @dataclass
+    class Some:
+        model: str = field(metadata={"help": "."})
+        videos: list[str] = field(metadata={"help": "."})
+        size: int = 1
+
+    for line in ("m a b --size 2", "--model m --videos a b --size 2", "m --videos a b --size 2"):
+        assert parse_arguments(Some, ["model", "videos"], "", line.split()) == Some("m", ["a", "b"], 2), line
+    with pytest.raises(ValueError, match="arguments are required: --videos"):
+        parse_arguments(Some, ["model", "videos"], "", ["m"])
+    with pytest.raises(ValueError, match="no setting 'sise', did you mean 'size'"):
+        parse_arguments(Some, ["model", "videos"], "", ["m", "a", "--sise", "2"])
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 5
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_its_model(path):
+    model, data, training = parse_recipe(ALL, [str(path), "--train_dir", "videos"])
+    assert 0 < training.learning_rate < 0.01 and 0 <= training.warmup_epochs < training.epochs
+    tower = TOWERS.get(model.model)
+    if tower is None:
+        assert path.stem == "demo"  # whose tower scripts/pretrain_demo_tower.py makes
+        tower = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    config = InTIClipVisionConfig(**tower, **model.config_options())
+    with torch.device("meta"):
+        built = InTIClipForVideoClassification(config)
+    assert len(built.vision_model.compression.stages) == len(model.compression_layers)
+    header = path.read_text().split("\n\n")[0]
+    assert f"scripts/recipes/{path.name}" in header or path.stem == "demo"
+
+
+def test_only_what_was_given_goes_into_the_configuration():
+    """So that all else stays as a checkpoint has it."""
+    assert parse_recipe(ALL, REQUIRED)[0].config_options() == {}
+    model = parse_recipe(ALL, [*REQUIRED, "--num_frames", "8", "--drop_path_rate", "0"])[0]
+    assert model.config_options() == {"num_frames": 8, "drop_path_rate": 0.0}
+
+
+def test_help_of_every_setting():
+    for c in ALL:
+        for f in fields(c):
+            assert f.metadata["help"].endswith(".") and f.metadata["help"][0].isupper(), f.name
+
+
+def fail(error):
+    raise error
+
+
+def test_errors_of_scripts_are_one_line():
+    for error, line in [
+        (ValueError("a\nb"), "error: a b"),
+        (OSError("no file"), "error: no file"),
+        (
+            VideoDecodingError(
+                "Caught VideoDecodingError in DataLoader worker process 0.\nOriginal Traceback (most recent ...\n"
+                "  File x\nhf_inti.video_decoding.VideoDecodingError: clip.mp4: is no video: truncated\n"
+            ),
+            "error: clip.mp4: is no video: truncated",
+        ),
+    ]:
+        with pytest.raises(SystemExit) as end:
+            run_script(lambda error=error: fail(error))
+        assert end.value.code == line
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: 1)
+    assert end.value.code == 1
+    with pytest.raises(RuntimeError, match="our bug"):  # with its traceback
+        run_script(lambda: fail(RuntimeError("our bug")))
+
+
+# Optimiser ----------------------------------------------------------------------------------------
+
+
+def settings(**values):
+    return TrainingArguments(output_dir="out", **values)
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_parameter_groups(decay_all, tiny_config):
+    model = InTIClipForVideoClassification(tiny_config())
+    model.vision_model.embeddings.requires_grad_(False)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    training = settings(
+        learning_rate=1e-3, new_module_lr_multiplier=3.0, weight_decay=0.2, decay_norms_and_biases=decay_all
+    )
+    found = {}
+    for group in parameter_groups(model, training):
+        for parameter in group["params"]:
+            assert names[parameter] not in found  # once
+            found[names[parameter]] = (pytest.approx(group["lr"]), group["weight_decay"])
+    assert set(found) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any("embeddings" in name for name in found)
+    stage, block = "vision_model.compression.stages.0.", "vision_model.encoder.layers.1."
+    some = 0.2 if decay_all else 0.0
+    for name, rate, decay in [
+        (block + "mlp.fc1.weight", 1e-3, 0.2),
+        (block + "mlp.fc1.bias", 1e-3, some),
+        (block + "layer_norm1.weight", 1e-3, some),
+        ("vision_model.pre_layrnorm.weight", 1e-3, some),
+        (stage + "hidden.weight", 3e-3, 0.2),
+        (stage + "hidden.bias", 3e-3, some),
+        (stage + "global_context.conv1.weight", 3e-3, 0.2),
+        ("classifier.weight", 3e-3, 0.2),
+        ("classifier.bias", 3e-3, some),
+    ]:
+        assert found[name] == (rate, decay), name
+    sigmas = [name for name in found if name.endswith("sigma")]
+    assert len(sigmas) == 2 and all(found[name] == (3e-3, some) for name in sigmas)
+
+
+def test_new_modules_are_those_that_clip_has_not():
+    assert is_new("classifier.weight") and is_new("vision_model.compression.stages.0.hidden.bias")
+    assert not is_new("vision_model.encoder.layers.0.mlp.fc1.weight") and not is_new("vision_model.post_layernorm.bias")
+
+
+def test_schedule():
+    """Linear from 0 over the warm-up, then a cosine to min_lr_ratio, for every group from its own peak."""
+    model = torch.nn.ModuleDict({"classifier": torch.nn.Linear(2, 2), "tower": torch.nn.Linear(2, 2)})
+    training = settings(learning_rate=1.0, new_module_lr_multiplier=2.0, warmup_epochs=1.5, min_lr_ratio=0.1)
+    optimizer, scheduler = build_optimizer(model, training, steps_per_epoch=4, total_steps=16)
+    rates = []
+    for _ in range(17):
+        rates.append(sorted({group["lr"] for group in optimizer.param_groups}))
+        optimizer.step()
+        scheduler.step()
+    cosine = [0.1 + 0.9 * (1 + np.cos(np.pi * k / 10)) / 2 for k in range(11)]
+    wanted = [k / 6 for k in range(6)] + cosine
+    assert rates == [pytest.approx(sorted({rate, 2 * rate})) for rate in wanted]
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("killed_before", [1, 2])
+def test_replacing_a_folder_leaves_one_whole(killed_before, tmp_path, monkeypatch):
+    for name, text in (("best", "old"), ("best.part", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    replace, calls = os.replace, []
+
+    def die(*paths):
+        calls.append(paths)
+        if len(calls) == killed_before:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(tmp_path / "best.part", tmp_path / "best")
+    left = {path.parent.name: path.read_text() for path in tmp_path.glob("*/file")}
+    assert left["best.part"] == "new" and left.get("best", left.get("best.old")) == "old"
+    monkeypatch.setattr(os, "replace", replace)
+    replace_folder(tmp_path / "best.part", tmp_path / "best")  # the next attempt
+    assert {path.parent.name: path.read_text() for path in tmp_path.glob("*/file")} == {"best": "new"}
+
+
+def test_newest_checkpoint_is_a_finished_one(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("step_9", "step_10", "step_11.part", "step_12.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path).name == "step_10"
+
+
+def test_metrics_go_on_from_the_checkpoint(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(step=1, loss=0.5)
+    size = log.size
+    log.write(step=1, top1=0.1)
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "lo')  # killed in the middle of a line
+    MetricsLog(log.path, size).write(step=1, top1=0.1)
+    assert log.path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 1, "top1": 0.1}\n'
+    assert MetricsLog(log.path).size == 0  # a new run
+
+
+def test_same_run():
+    def described(model="tower", **changes):
+        training = settings(**{"seed": 3, "learning_rate": 1e-3, **changes})
+        shared = {"num_processes": 1, "train_fingerprint": "a", "eval_fingerprint": None}
+        return describe_run(ModelArguments(model=model, compression_layers=[1, 2]), training, **shared)
+
+    before = described()
+    check_same_run(before, described(resume=True, log_every_steps=1, report_to="all", checkpoint_every_steps=3))
+    for changes, wanted in [
+        ({"seed": 4}, "cannot resume with seed = 4: the run began with 3; give that"),
+        ({"learning_rate": 1e-4}, "learning_rate = 0.0001"),
+        ({"model": "other"}, "model = 'other'"),
+    ]:
+        with pytest.raises(ValueError, match=wanted):
+            check_same_run(before, described(**changes))
+    for name, value in [("num_processes", 2), ("train_fingerprint", "b")]:
+        with pytest.raises(ValueError, match=f"cannot resume with {name} = {value!r}"):
+            check_same_run(before, {**described(), name: value})
+
+
+# Costs --------------------------------------------------------------------------------------------
+
+B16 = {"patch_size": 16}
+# GMACs that this reading of the paper counts, and the paper's own, which local_mhra meets to the digit.
+COSTS = [
+    (B16, None, None, 281.0, 281),
+    (B16, [3, 5], "local_mhra", 147.3, 147), (B16, [3, 5], "dwconv", 139.9, None),
+    (B16, [5, 7], "local_mhra", 182.2, 182), (B16, [5, 7], "dwconv", 174.8, None),
+    (B16, [7, 9], "local_mhra", 217.1, 217), (B16, [7, 9], "dwconv", 209.7, None),
+    (L14, None, None, 1296.2, None),
+    (L14, [6, 10], "local_mhra", 649.5, 650), (L14, [6, 10], "dwconv", 632.2, None),
+    (L14, [10, 14], "local_mhra", 811.2, 811), (L14, [10, 14], "dwconv", 793.9, None),
+    (L14, [14, 18], "local_mhra", 972.9, 973), (L14, [14, 18], "dwconv", 955.6, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tower", "layers", "cube", "gmacs", "published"), COSTS)
+def test_costs(tower, layers, cube, gmacs, published):
+    options = {"compression": "none"}
+    if layers is not None:
+        options = {"compression_layers": layers, "compression_options": {"cube": cube}}
+    costs = count_costs(InTIClipVisionConfig(**tower, **options, num_labels=400))
+    assert costs["total"].gmacs == pytest.approx(gmacs, abs=0.05)
+    assert published is None or costs["total"].gmacs == pytest.approx(published, abs=0.51)
+    assert sum(costs[part].macs for part in PARTS) == costs["total"].macs
+    # The rest are the two norms around the blocks.
+    width = tower.get("hidden_size", 768)
+    assert costs["total"].parameters - sum(costs[part].parameters for part in PARTS) == 4 * width
+    assert (costs["compression"].macs > 0) == (layers is not None)
+
+
+def test_costs_by_hand():
+    """One block's matrices and attention products, and the embedding, at 3 frames of 2 x 2 patches."""
+    D, M, N, T = 16, 40, 4, 3
+    sizes = {"hidden_size": D, "intermediate_size": M, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = InTIClipVisionConfig(**sizes, image_size=16, patch_size=8, num_frames=6, compression="none", num_labels=5)
+    costs = count_costs(config, num_frames=T)
+    L = N + 1
+    assert costs["patch embedding"].macs == T * N * D * 3 * 8 * 8
+    assert costs["blocks"].macs == T * (L * (4 * D * D + 2 * D * M) + 2 * L * L * D)
+    assert costs["head"] == (5 * D, 5 * D + 5)
+    assert costs["compression"] == costs["adaptation"] == (0, 0)
+    assert count_costs(config)["blocks"].macs == 2 * costs["blocks"].macs  # the 6 of the configuration
+
+
+def test_costs_refuse_frames_that_cannot_be_halved(tiny_config):
+    with pytest.raises(ValueError, match="got 6 frames"):
+        count_costs(tiny_config(), num_frames=6)
+
+
+def test_compare_prints_all_rows(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "costs"])
+    runpy.run_path(str(SCRIPTS / "compare.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if "ViT-" in line]
+    rows = {(row[1], row[2]): row[3:] for row in rows if len(row) > 3}
+    assert len(rows) == 9
+    assert rows["ViT-B/16", "InTI 5,7"][:3] == ["182", "182.2", "+0.2"]
+    assert rows["ViT-B/16", "Naive"][1] == "281.0" and rows["ViT-L/14", "InTI 7,9"][:2] == ["973", "972.9"]
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+
+def stage_weights(B, T, L, stages):
+    """Of each stage, random alpha and beta that sum to 1."""
+    return tuple(torch.rand(B, T // 2 ** (s + 1), L, 2).softmax(-1) for s in range(stages))
+
+
+def test_cascaded_weights_against_a_loop():
+    B, T, L = 2, 8, 5
+    stages = stage_weights(B, T, L, 3)
+    weights = cascaded_weights(stages)
+    assert weights.shape == (B, T, L)
+    for b in range(B):
+        for t in range(T):
+            for token in range(L):
+                product, frame = 1.0, t
+                for stage in stages:
+                    product *= stage[b, frame // 2, token, frame % 2].item()
+                    frame //= 2
+                assert weights[b, t, token].item() == pytest.approx(product, rel=1e-5)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_weights_of_a_merged_frame_sum_to_1(stages):
+    weights = cascaded_weights(stage_weights(2, 8, 5, stages))
+    sums = weights.unflatten(1, (-1, 2**stages)).sum(2)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_weights_of_a_model_rebuild_its_tokens(tiny_config):
+    """Before the first block and with sigma at 0, as it starts, merged tokens are the sums that the weights say."""
+    model = InTIClipForVideoClassification(tiny_config(compression_layers=[0])).eval()
+    torch.nn.init.normal_(model.vision_model.compression.stages[0].logits.weight)
+    merged = []
+    model.vision_model.encoder.layers[0].register_forward_pre_hook(lambda _, inputs: merged.append(inputs[0]))
+    with torch.no_grad():
+        out = model(torch.randn(1, 8, 3, 32, 32), output_hidden_states=True, output_interpolation_weights=True)
+    weights = cascaded_weights(out.interpolation_weights)
+    assert weights.shape == (1, 8, 17) and weights.std() > 0.01
+    sums = (weights[..., None] * out.hidden_states[0]).unflatten(1, (4, 2)).sum(2)
+    torch.testing.assert_close(merged[0], sums)
+
+
+def test_no_weights_no_figure():
+    with pytest.raises(ValueError, match="Figure 4 needs a model whose compression is inti"):
+        cascaded_weights(())
+
+
+def test_aggregated_frames_against_a_loop():
+    T, merged, H, W, rows, columns = 6, 2, 8, 12, 2, 3
+    frames, weights = torch.rand(T, 3, H, W), torch.rand(T, rows, columns)
+    wanted = torch.zeros(merged, 3, H, W)
+    for t in range(T):
+        for y in range(H):
+            for x in range(W):
+                weight = weights[t, y * rows // H, x * columns // W]
+                wanted[t * merged // T, :, y, x] += weight * frames[t, :, y, x]
+    torch.testing.assert_close(aggregated_frames(frames, weights, merged), wanted)
+
+
+def dark_columns(picture):
+    """The x of all columns that hold nearly black pixels."""
+    return np.flatnonzero((picture[..., :3].max(-1) < 0.1).any(0))
+
+
+def test_figure4_is_drawn_and_centred(tmp_path):
+    """Black frames of weight 0: the aggregated frames stand below the middle of their groups of 4."""
+    figure4(torch.zeros(8, 3, 16, 16), torch.zeros(8, 4, 4), merged=2, path=tmp_path / "figure.png")
+    picture = matplotlib.image.imread(tmp_path / "figure.png")[:, :-150]  # without the colour bar
+    third = len(picture) // 3
+    frames, below = dark_columns(picture[third // 2 : third // 2 + 10]), dark_columns(picture[-third // 2 :][:10])
+    assert len(below) == pytest.approx(len(frames) / 4, rel=0.1)  # 2 of them, as large as the 8 frames
+    first, last = frames[frames < np.median(frames)], frames[frames > np.median(frames)]
+    middle = (below.min() + below.max()) / 2
+    for group, shown in ((first, below[below < middle]), (last, below[below > middle])):
+        assert np.mean(shown) == pytest.approx(np.mean(group), abs=3)
+
+
+def test_confusion_matrix_is_drawn(tmp_path):
+    confusion_matrix([[3, 1], [0, 0]], ["walks", "runs"], tmp_path / "a.png")  # no video of the second class
+    confusion_matrix([[0, 4], [0, 0]], ["walks", "runs"], tmp_path / "b.png")
+    a, b = (matplotlib.image.imread(tmp_path / name) for name in ("a.png", "b.png"))
+    assert a.shape == b.shape and a.std() > 0.05 and np.abs(a - b).max() > 0.5
+
+
+def test_training_curves_are_drawn(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 5):
+        log.write(step=step, epoch=0, loss=1 / step)
+    training_curves({"a": log.path}, tmp_path / "before.png")
+    log.write(step=4, epoch=1, eval_top1=0.5)
+    log.write(step=8, epoch=2, eval_top1=0.9)
+    training_curves({"a": log.path}, tmp_path / "after.png")
+    before, after = (matplotlib.image.imread(tmp_path / name) for name in ("before.png", "after.png"))
+    assert before.std() > 0.05 and np.abs(before - after).max() > 0.5
