@@ -272,7 +272,7 @@ class InTICompression(Compression):
             if name in options and options[name] not in valid:
                 raise ValueError(f"InTI option {name} must be one of {', '.join(valid)}, got {options[name]!r}.")
         context = options.get("context", [])
-        if not isinstance(context, (list, tuple)) or len(set(context) & set(CONTEXTS)) != len(context):
+        if not isinstance(context, (list, tuple)) or len(context) != sum(name in context for name in CONTEXTS):
             raise ValueError(
                 f"InTI option context must be a list of distinct names out of {', '.join(CONTEXTS)} "
                 f"(an empty list for the tokens alone), got {context!r}."

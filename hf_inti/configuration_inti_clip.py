@@ -109,6 +109,10 @@ class InTIClipVisionConfig(CLIPVisionConfig):
         for name in ("image_size", "patch_size"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name} must be one whole number of pixels (square), got {getattr(self, name)!r}.")
+        if not 1 <= self.patch_size <= self.image_size:
+            raise ValueError(f"patch_size must be from 1 to image_size {self.image_size}, got {self.patch_size}.")
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
         if isinstance(self.num_frames, bool) or not isinstance(self.num_frames, int) or self.num_frames < 1:
             raise ValueError(f"num_frames must be a whole number of at least 1, got {self.num_frames!r}.")
         for name in ("drop_path_rate", "classifier_dropout"):
@@ -141,10 +145,13 @@ class InTIClipVisionConfig(CLIPVisionConfig):
         """
         if not isinstance(clip, PreTrainedConfig):
             values, _ = PreTrainedConfig.get_config_dict(clip)
+            if not values:
+                raise ValueError(f"{clip} holds no config.json; give the folder or name of a CLIP checkpoint.")
         else:
             values = clip.to_dict()
-        if "vision_config" in values and values.get("model_type") == CLIPConfig.model_type:
-            values = {"model_type": CLIPVisionConfig.model_type, **values["vision_config"]}
+        if values.get("model_type") == CLIPConfig.model_type:
+            # By CLIP's own rules: old checkpoints have their numbers in "vision_config_dict", or leave out defaults.
+            values = CLIPConfig.from_dict(values).vision_config.to_dict()
         if values.get("model_type") != CLIPVisionConfig.model_type:
             raise ValueError(
                 f"from_clip needs a CLIP or CLIP vision checkpoint, got model_type {values.get('model_type')!r} from "

@@ -44,7 +44,8 @@ def count_costs(config: InTIClipVisionConfig, num_frames: int | None = None) -> 
         # Eager attention, since the counter does not see inside every fused kernel.
         model = InTIClipForVideoClassification._from_config(config, attn_implementation="eager").eval()
         size = config.image_size
-        pixel_values = torch.empty(1, num_frames or config.num_frames, config.num_channels, size, size)
+        frames = config.num_frames if num_frames is None else num_frames
+        pixel_values = torch.empty(1, frames, config.num_channels, size, size)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(pixel_values)

@@ -198,6 +198,19 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds weights of other shapes than this configuration asks for (see "
+                "the report above); make the configuration from that checkpoint, or pass ignore_mismatched_sizes=True "
+                "to start these weights anew."
+            ) from error
+
     def merge_adapters(self) -> None:
         """Fold the adaptation's adapters into the blocks, so that inference costs what the plain tower costs.
 
@@ -327,5 +340,5 @@ class InTIClipForVideoClassification(InTIClipPreTrainedModel):
         if self.num_labels > 1 and outside.numel():
             raise ValueError(
                 f"got label {outside[0].item()}, but this model has {self.num_labels} classes (0 to "
-                f"{self.num_labels - 1}); load it with num_labels={int(outside.max()) + 1}, or check the labels."
+                f"{self.num_labels - 1}); correct the labels, or load the model with a larger num_labels."
             )

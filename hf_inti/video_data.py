@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import tarfile
 
 import datasets
 import pyarrow.compute as pc
@@ -91,14 +92,18 @@ def load_video_dataset(
 
 def _load_shards(source, streaming, cache_dir):
     """WebDataset tars; they have no splits of their own."""
-    source = os.path.join(source, "*.tar") if os.path.isdir(source) else source
+    source = os.path.join(glob.escape(source), "*.tar") if os.path.isdir(source) else source
     files = sorted(name for pattern in _expand_braces(source) for name in glob.glob(pattern) or [pattern])
     missing = [name for name in files if "://" not in name and not os.path.isfile(name)]
     if missing:
         raise ValueError(f"{source}: no tar shard {missing[0]}; give a file, pattern or folder of shards")
+    files = [name if "://" in name else glob.escape(name) for name in files]  # datasets takes them for patterns
     load = functools.partial(datasets.load_dataset, "webdataset", data_files=files, split="train", cache_dir=cache_dir)
     # datasets takes only some extensions for video (webm is not one): look first, then say which columns are.
-    columns = load(streaming=True).features
+    try:
+        columns = load(streaming=True).features
+    except tarfile.ReadError as error:
+        raise ValueError(f"{source}: the first shard is no tar file: {error}; replace it or leave it out") from error
     features = {name: Video(decode=False) if _is_video(name) else columns[name] for name in columns}
     return load(streaming=streaming, features=Features(features))
 
@@ -133,6 +138,8 @@ def _two_columns(dataset, video_column, label_column, label_names):
     names = label_names or old_names
     dataset = dataset.cast_column(video, Video(decode=False))
     if isinstance(dataset, datasets.Dataset):
+        if "__url__" in columns and pc.struct_field(dataset.with_format("arrow")[video][:], "bytes").null_count:
+            raise _hidden_by_a_file("one of its videos")
         labels, names = video_lists.number_labels([plain(value) for value in dataset[label][:]], names)
         dataset = dataset.select_columns(video).rename_column(video, "video")
         # A column in memory beside the files on disk: no second copy of the videos.
@@ -149,7 +156,7 @@ def _plain_label(value, field, old_names):
     if isinstance(value, bytes):
         value = value.decode()
     if isinstance(value, str):
-        return int(value) if value.strip().isdigit() else value.strip()
+        return int(value) if re.fullmatch(video_lists.INDEX, value.strip()) else value.strip()
     return value if old_names is None else old_names[value]
 
 
@@ -160,9 +167,19 @@ def _stream_row(row, video, label, plain, names):
     if names is not None:
         value = video_lists.number_labels([value], names)[0][0]
     clip = row[video]
+    if row.get("__url__") and clip["bytes"] is None:
+        raise _hidden_by_a_file(clip["path"])
     if row.get("__url__") and clip["path"]:  # keys are unique within a shard only
         clip = {"path": f"{os.path.basename(row['__url__'])}/{clip['path']}", "bytes": clip["bytes"]}
     return {"video": clip, "label": value}
+
+
+def _hidden_by_a_file(name):
+    # datasets drops the bytes of a video if there is a file of its name: the model would be shown that file.
+    return ValueError(
+        f"the working directory {os.getcwd()} has a file with the name of a video of the shards ({name}), which "
+        "datasets takes for that video; start from another directory"
+    )
 
 
 def label_names_of(dataset):

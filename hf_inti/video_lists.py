@@ -7,6 +7,7 @@ name or an index. Nothing here opens a video.
 
 import csv
 import glob
+import io
 import json
 import os
 import re
@@ -25,6 +26,7 @@ PATH_COLUMNS = ("video", "path", "video_path", "file_path", "file_name", "filena
 # Words for the same split: "val" finds a folder called "validation", but never the one called "test".
 SPLITS = ({"train", "training"}, {"val", "valid", "validation", "validate"}, {"test", "testing"})
 KINETICS_COLUMNS = {"youtube_id", "time_start", "time_end"}
+INDEX = r"-?[0-9]+"  # some write -1 for "no label": as the name of a class, it would renumber all the others
 
 
 def detect_layout(source):
@@ -61,6 +63,8 @@ def _detect_list(source):
         return "ssv2" if {"id", "template"} <= first.keys() else "list"
     if re.fullmatch(r"(train|test)list\d+\.txt", os.path.basename(source)):
         return "ucf101"
+    if re.fullmatch(SIGNS["hmdb51"], os.path.basename(source)):
+        return "hmdb51"  # of one class; as a list, its marks of train and test would pass for classes
     return "kinetics" if KINETICS_COLUMNS <= set(_header(source)) else "list"
 
 
@@ -90,13 +94,14 @@ def number_labels(labels, names=None):
         names = list(names or map(str, range(max(labels) + 1)))
         index = {i: i for i in range(len(names))}
     else:
+        labels = [str(label) for label in labels]
         names = list(names or sorted(set(labels)))
         index = {name: i for i, name in enumerate(names)}
     unknown = sorted({label for label in labels if label not in index}, key=str)
     if unknown:
         raise ValueError(
             f"labels {unknown[:5]} are not among the {len(names)} classes {names[:3]}...; "
-            "give label_names= that hold them"
+            "give label_names= for all classes, or leave these videos out"
         )
     return [index[label] for label in labels], names
 
@@ -120,17 +125,19 @@ def read_folder(source, split):
 
 def read_kinetics(source, split):
     """Kinetics' official csv (label, youtube_id, time_start, time_end, split): <id>_<start>_<end>.mp4."""
-    with open(source, newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    if not table or "label" not in table[0]:
-        raise ValueError(f"{source}: wanted a column 'label', got {_header(source)}; give a labelled list")
+    table = _read_csv(source)
+    if "label" not in table[0]:
+        raise ValueError(f"{source}: wanted a column 'label', got {list(table[0])}; give a labelled list")
     splits = sorted({row["split"] for row in table if row.get("split")})
     if len(splits) > 1:  # a file of one split is taken as it is
         chosen = _choose_split(source, splits, split)
         table = [row for row in table if row["split"] == chosen]
     rows = []
     for row in table:
-        start, end = (int(float(row[column])) for column in ("time_start", "time_end"))
+        try:
+            start, end = (int(float(row[column])) for column in ("time_start", "time_end"))
+        except (TypeError, ValueError):
+            raise ValueError(f"{source}: wanted seconds as time_start and time_end, got {row}; mend it") from None
         name = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
         folders = dict.fromkeys((row["label"], row["label"].replace(" ", "_")))
         rows.append(([name, *(os.path.join(folder, name) for folder in folders)], row["label"]))
@@ -144,8 +151,7 @@ def read_ssv2(source, label_names):
         beside = glob.glob(os.path.join(glob.escape(os.path.dirname(source)), "*labels*.json"))
         if len(beside) != 1:
             raise ValueError(f"{source}: wanted one *labels*.json beside it, got {beside}; give label_names=")
-        with open(beside[0], encoding="utf-8") as file:
-            numbers = json.load(file)
+        numbers = json.loads(_text(beside[0]))
         names = sorted(numbers, key=lambda name: int(numbers[name]))
     rows = []
     for row in _read_json(source):
@@ -173,8 +179,12 @@ def read_hmdb51(source, split):
     rows, names = [], []
     for file in sorted(glob.glob(pattern)):
         names.append(re.sub(r"_test_split\d\.txt$", "", os.path.basename(file)))
-        files = [name for name, use in (line.rsplit(None, 1) for line in _lines(file)) if use == wanted]
-        rows += [([os.path.join(names[-1], name), name], names[-1]) for name in files]
+        for line in _lines(file):
+            name, _, use = line.rpartition(" ")
+            if not name or use not in ("0", "1", "2"):
+                raise ValueError(f"{file}: wanted lines 'name 0', 'name 1' or 'name 2', got {line!r}; mend it")
+            if use == wanted:
+                rows.append(([os.path.join(names[-1], name), name], names[-1]))
     if not rows:
         raise ValueError(f"{source}: no videos of split {split!r} in {pattern}; give their folder or pattern")
     return rows, names
@@ -184,57 +194,83 @@ def read_list(source, video_column, label_column):
     """A csv, json, jsonl with named columns, or lines `path label` / `path,label` without a header."""
     if source.endswith((".json", ".jsonl")):
         table = _read_json(source)
-        columns = list(table[0])
     elif label_column in _header(source):
-        with open(source, newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
-        columns = _header(source)
+        table = _read_csv(source)
     else:
         # The extension marks the end of the path: paths and class names may both hold spaces.
         form = rf"(.+?\.(?:{'|'.join(VIDEO_EXTENSIONS)}))(?:\s*[,;]\s*|\s+)(\S.*)"
-        lines = _lines(source)
-        matches = [re.fullmatch(form, line, re.IGNORECASE) for line in lines]
-        wrong = next((line for line, match in zip(lines, matches, strict=True) if match is None), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{source}: wanted lines 'path label' or 'path,label', or a header with the columns "
-                f"{video_column!r} and {label_column!r}, got {wrong!r}"
-            )
-        return _rows([match.groups() for match in matches]), None
+        pairs = []
+        for line in _lines(source):
+            match = re.fullmatch(form, line, re.IGNORECASE)
+            pair = _cells(line) if '"' in line else []
+            if len(pair) != 2 and match is None:
+                raise ValueError(
+                    f"{source}: wanted lines 'path label' or 'path,label', or a header with the columns "
+                    f"{video_column!r} and {label_column!r}, got {line!r}"
+                )
+            pairs.append(pair if len(pair) == 2 else match.groups())
+        return _rows(source, pairs), None
+    columns = list(table[0])
     path_column = next((name for name in (video_column, *PATH_COLUMNS) if name in columns), None)
     if path_column is None or label_column not in columns:
         raise ValueError(
             f"{source}: wanted the columns {video_column!r} and {label_column!r}, got {columns}; "
             "name them with video_column= and label_column="
         )
-    return _rows([(row[path_column], row[label_column]) for row in table]), None
+    return _rows(source, [(row.get(path_column), row.get(label_column)) for row in table]), None
 
 
-def _rows(pairs):
+def _rows(source, pairs):
+    for path, label in pairs:
+        if path in (None, "") or label in (None, ""):
+            raise ValueError(f"{source}: wanted a path and a label, got {path!r} and {label!r}; mend this line")
     labels = [str(label).strip() for _, label in pairs]
-    if all(label.isdigit() for label in labels):
+    if all(re.fullmatch(INDEX, label) for label in labels):
         labels = [int(label) for label in labels]
-    return [([path], label) for (path, _), label in zip(pairs, labels, strict=True)]
+    return [([str(path)], label) for (path, _), label in zip(pairs, labels, strict=True)]
+
+
+def _text(path):
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before the text
+            return file.read()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: this list is missing; put it there or choose another layout=") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: wanted a list of videos, got a folder; choose another layout=") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: wanted a list of videos, got no UTF-8 text; save it as UTF-8") from None
 
 
 def _lines(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except FileNotFoundError:
-        raise ValueError(f"{path}: this list is missing; put it there or choose another layout=") from None
+    lines = [line.strip() for line in re.split(r"[\r\n]+", _text(path)) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: the list is empty; wanted one video per line")
     return lines
 
 
+def _cells(line):
+    return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True))]
+
+
 def _header(path):
-    return [name.strip() for name in _lines(path)[0].split(",")]
+    return _cells(_lines(path)[0])
+
+
+def _read_csv(path):
+    rows = csv.DictReader(io.StringIO(_text(path).strip(), newline=""), skipinitialspace=True)
+    rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+    rows = list(rows)
+    if not rows:
+        raise ValueError(f"{path}: the list is empty below its header; wanted one video per line")
+    return rows
 
 
 def _read_json(path):
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()] if path.endswith("l") else json.load(file)
+    try:
+        rows = [json.loads(line) for line in _lines(path)] if path.endswith("l") else json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: wanted json, got what is none ({error}); mend it") from None
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
         raise ValueError(f"{path}: wanted a json list of objects, one per video, got {str(rows)[:60]}")
     return rows

@@ -368,10 +368,10 @@ def _read_frames(video, name, choose, transform):
     """The frames `choose(total)` of one video, each passed once, as uint8 (3, H, W), through `transform`."""
     if isinstance(video, dict):
         name = video.get("path") or name
-        video = video["path"] if video.get("bytes") is None else video["bytes"]
+        video = video.get("path") if video.get("bytes") is None else video["bytes"]
     if isinstance(video, str) and video.lower().startswith(("http://", "https://")):
         name, video = video, _download(video)
-    if isinstance(video, bytes):
+    if isinstance(video, (bytes, bytearray, memoryview)):
         video = io.BytesIO(video)
         video.name = name  # errors of the decoder name their source by it
     if isinstance(video, (str, os.PathLike)) or hasattr(video, "read"):
@@ -415,13 +415,21 @@ def _channel_axis(shape):
 def _to_rgb(frame, axis=None):
     """A PIL image, array or tensor as uint8 (3, H, W)."""
     if is_pil_image(frame):
+        if frame.mode[0] in "IF" or 0 in frame.size:  # I, I;16, F: Pillow would cut all levels above 255 off
+            got = f"mode {frame.mode}, {frame.width} x {frame.height}"
+            raise ValueError(f"a PIL image must have 8 bits per channel and at least one pixel, got {got}")
         data = bytearray(frame.convert("RGB").tobytes())
         return torch.frombuffer(data, dtype=torch.uint8).view(frame.height, frame.width, 3).permute(2, 0, 1)
     if not _is_array(frame) or frame.ndim not in (2, 3):
         got = f"shape {tuple(frame.shape)}" if _is_array(frame) else type(frame).__name__
         raise ValueError(f"a frame must be a PIL image, or an array or tensor with 2 or 3 axes, got {got}")
+    if 0 in frame.shape:
+        raise ValueError(f"a frame must have at least one pixel, got shape {tuple(frame.shape)}")
     if is_numpy_array(frame):
-        frame = torch.from_numpy(frame.copy())  # torch takes neither read-only arrays nor negative strides
+        try:
+            frame = torch.from_numpy(frame.copy())  # torch takes neither read-only arrays nor negative strides
+        except (TypeError, ValueError):  # objects, floats of 16 bytes, bytes in another order
+            raise ValueError(f"frames must be uint8, or float in [0, 1], got {frame.dtype}; convert them") from None
     if frame.ndim == 2:
         frame = frame[None]
     elif (_channel_axis(frame.shape) if axis is None else axis) == 2:

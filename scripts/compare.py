@@ -6,7 +6,7 @@
 device: 16 frames of 224 x 224, one clip, 400 classes.
 """
 
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from hf_inti import InTIClipVisionConfig
 from hf_inti.costs import count_costs
@@ -82,6 +82,6 @@ COMMANDS = {"costs": costs}
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(__doc__ if sys.argv[1:] in (["-h"], ["--help"]) else f"usage: compare.py {{{','.join(COMMANDS)}}}")
-    COMMANDS[sys.argv[1]]()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS, help="What to compare.")
+    COMMANDS[parser.parse_args().command]()

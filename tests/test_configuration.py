@@ -50,6 +50,24 @@ def test_from_clip(form, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "numbers",
+    [
+        {"vision_config": {"model_type": "clip_vision_model"}, "vision_config_dict": {"hidden_size": 96}},
+        {"vision_config": None, "vision_config_dict": {"hidden_size": 96}},
+        {"vision_config_dict": {"hidden_size": 96}},
+        {"vision_config": {"hidden_size": 96, "torch_dtype": None, "num_beams": 1, "dropout": 0.0}},
+    ],
+)
+def test_from_clip_of_old_files(numbers, tmp_path):
+    """Files of the first releases held the numbers twice, or in another place, beside much that is gone."""
+    old = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 512, "text_config_dict": None}
+    (tmp_path / "config.json").write_text(json.dumps({**old, **numbers}))
+    config = InTIClipVisionConfig.from_clip(tmp_path)
+    assert (config.hidden_size, config.num_hidden_layers, config.compression_layers) == (96, 12, [5, 7])
+    assert InTIClipVisionConfig.from_clip(CLIPConfig.from_pretrained(tmp_path)).hidden_size == 96
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"compresion": "none"}, "no field 'compresion'; did you mean 'compression'"),
@@ -68,10 +86,15 @@ def test_from_clip(form, tmp_path):
         ({"compression_options": {"head": 3}}, "head must be one of softmax, sigmoid, attention, got 3"),
         ({"compression_options": {"context": ["cubes"]}}, "context must be a list of distinct names out of cube"),
         ({"compression_options": {"context": "cube"}}, "context must be a list"),
+        ({"compression_options": {"context": [["cube"]]}}, "context must be a list"),
+        ({"compression_options": {"context": ["cube", "cube"]}}, "context must be a list of distinct names"),
         ({"compression": "none", "compression_options": {"cube": "dwconv"}}, "takes no options"),
         ({"adaptation_options": {"ratio": 2}}, "takes no options"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1"),
         ({"image_size": [224, 112]}, "image_size must be one whole number of pixels"),
+        ({"patch_size": 0}, "patch_size must be from 1 to image_size 224, got 0"),
+        ({"patch_size": 256}, "patch_size must be from 1 to image_size 224, got 256"),
+        ({"num_labels": 0}, "num_labels must be at least 1, got 0"),
     ],
 )
 def test_wrong_use_reads_well(options, message):
@@ -87,7 +110,9 @@ def test_values_set_later_are_checked_when_the_model_is_built():
         InTIClipForVideoClassification(config)
 
 
-def test_from_clip_refuses_other_models():
+def test_from_clip_refuses_other_models(tmp_path):
+    with pytest.raises(ValueError, match="holds no config.json; give the folder or name of a CLIP checkpoint"):
+        InTIClipVisionConfig.from_clip(str(tmp_path))
     with pytest.raises(ValueError, match="from_clip needs a CLIP or CLIP vision checkpoint, got model_type 'clip_text"):
         InTIClipVisionConfig.from_clip(CLIPTextConfig())
     with pytest.raises(ValueError, match="loaded with InTIClipVisionConfig.from_pretrained"):

@@ -138,6 +138,7 @@ def test_large_logits_do_not_overflow():
         ([[1.0, 0.0]], [-1], [0], "references must be 0 to 1"),
         ([[1.0, math.nan]], [0], [8], "video 8 are partly NaN"),
         ([[1.0, math.inf]], [0], [8], "video 8 are partly NaN or infinite"),
+        ([[-math.inf, -math.inf]], [0], [8], "video 8 are partly NaN or infinite"),
         ([[1.0, 0.0], [1.0, 0.0, 0.0]], [0, 0], [0, 1], "one K for all views"),
     ],
 )

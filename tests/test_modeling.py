@@ -18,6 +18,7 @@ from transformers import (
 from conftest import TINY
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
 from hf_inti.compression_inti import InTI
+from hf_inti.costs import count_costs
 from reference import naive
 
 
@@ -154,6 +155,11 @@ def test_other_numbers_of_frames_are_refused(tiny_config, T, near):
         InTIClipVisionModel(tiny_config())(torch.randn(1, T, 3, 32, 32))
 
 
+def test_costs_of_no_frames_are_refused_too(tiny_config):
+    with pytest.raises(ValueError, match="got 0 frames"):
+        count_costs(tiny_config(), num_frames=0)
+
+
 def test_wrong_inputs_read_well(tiny_config):
     model = InTIClipForVideoClassification(tiny_config())
     with pytest.raises(ValueError, match="pixel_values are missing"):
@@ -162,8 +168,17 @@ def test_wrong_inputs_read_well(tiny_config):
         model(torch.randn(8, 3, 32, 32))
     with pytest.raises(ValueError, match="48 x 32 pixels, this model was made for 32 x 32"):
         model(torch.randn(1, 8, 3, 48, 32))
-    with pytest.raises(ValueError, match="got label 5, but this model has 5 classes"):
-        model(torch.randn(2, 8, 3, 32, 32), labels=torch.tensor([0, 5]))
+    for label in (5, -1):
+        with pytest.raises(ValueError, match=f"got label {label}, but this model has 5 classes .*larger num_labels"):
+            model(torch.randn(2, 8, 3, 32, 32), labels=torch.tensor([0, label]))
+
+
+def test_a_checkpoint_of_another_shape_reads_well(tiny_config, tmp_path):
+    InTIClipForVideoClassification(tiny_config()).save_pretrained(tmp_path)
+    for options in ({"num_labels": 7}, {"config": tiny_config(patch_size=16)}):
+        with pytest.raises(ValueError, match="holds weights of other shapes .* ignore_mismatched_sizes=True") as error:
+            InTIClipForVideoClassification.from_pretrained(tmp_path, **options)
+        assert "\n" not in str(error.value)
 
 
 def test_other_frame_sizes_on_request(tiny_config):

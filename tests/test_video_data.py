@@ -184,10 +184,69 @@ def test_plain_list_of_names(tmp_path):
     assert label_names_of(dataset) == ["riding a bike", "yoga"]
 
 
+def test_a_class_may_be_called_by_a_number(tmp_path):
+    (tmp_path / "list.csv").write_text("1.mp4,yoga\n2.mp4,360\n")
+    write_shards(tmp_path / "w", label=lambda i: ("txt", [b"yoga\n", b"360\n"][i % 2]))
+    touch(tmp_path / "1.mp4")
+    for source in (tmp_path / "list.csv", tmp_path / "w"):
+        dataset = load_video_dataset(source, cache_dir=str(tmp_path / "cache"))
+        assert label_names_of(dataset) == ["360", "yoga"] and dataset["label"][:2] == [1, 0]
+
+
 def test_list_with_a_line_that_is_none(tmp_path):
     (tmp_path / "list.txt").write_text("1.mp4 3\nrubbish\n")
     with pytest.raises(ValueError, match="got 'rubbish'"):
         load_video_dataset(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffvideo,label\n1.mp4,yoga\n2.mp4,a bike\n",
+        "video,label\r\n1.mp4,yoga\r\n\r\n2.mp4,a bike\r\n",
+        "\n\nvideo, label \n1.mp4, yoga\n2.mp4, a bike\n",
+        '"video","label"\n"1.mp4","yoga"\n"2.mp4","a bike"\n',
+        "\ufeff1.mp4,yoga\r\n2.mp4,a bike\r\n",
+        '"1.mp4","yoga"\n2.mp4,"a bike"\n',
+    ],
+)
+def test_lists_as_spreadsheets_write_them(tmp_path, text):
+    (tmp_path / "list.csv").write_bytes(text.encode())
+    touch(tmp_path / "1.mp4", tmp_path / "2.mp4")
+    assert rows(load_video_dataset(tmp_path / "list.csv"), tmp_path) == {"1.mp4": "yoga", "2.mp4": "a bike"}
+
+
+def test_a_mark_before_the_text_of_other_lists(tmp_path):
+    mark = "\ufeff".encode()
+    (tmp_path / "k.csv").write_bytes(mark + b"label,youtube_id,time_start,time_end,split\nyoga,u,0,10,train\n")
+    (tmp_path / "list.json").write_bytes(mark + b'[{"video": "u_000000_000010.mp4", "label": "yoga"}]')
+    touch(tmp_path / "u_000000_000010.mp4")
+    for name in ("k.csv", "list.json"):
+        assert rows(load_video_dataset(tmp_path / name), tmp_path) == {"u_000000_000010.mp4": "yoga"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        # as names, these would come out as 0: "-1", 1: "10", 2: "2"
+        ("list.txt", "1.mp4 10\n1.mp4 -1\n1.mp4 2\n", r"labels \[-1\] are not among the 11 classes.*leave these"),
+        ("list.csv", "video,label\n1.mp4\n", "wanted a path and a label, got '1.mp4' and None"),
+        ("list.csv", "video,label\n1.mp4,\n", "wanted a path and a label, got '1.mp4' and ''"),
+        ("list.csv", "video,label\n,3\n", "wanted a path and a label, got '' and '3'"),
+        ("list.csv", "video,label\n", "empty below its header"),
+        ("list.json", '[{"video": "1.mp4", "label": 1}, {"video": "1.mp4"}]', "got '1.mp4' and None"),
+        ("list.json", "video", "list.json: wanted json, got what is none"),
+        ("list.csv", b"video,label\n1.mp4,\xe9p\xe9e\n", "list.csv: .*save it as UTF-8"),
+        ("k.csv", "label,youtube_id,time_start,time_end\nyoga,u\n", "k.csv: wanted seconds as time_start"),
+        ("yoga_test_split1.txt", "1.mp4\n", "wanted lines 'name 0', .*got '1.mp4'"),
+    ],
+)
+def test_lists_that_are_not_what_they_should_be(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    touch(tmp_path / "1.mp4")
+    with pytest.raises(ValueError, match=message) as error:
+        load_video_dataset(tmp_path / name)
+    assert type(error.value) is ValueError and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
@@ -272,6 +331,13 @@ def write_shards(folder, extension="mp4", label=lambda i: ("cls", b"%d" % (i % 2
     (folder / f"tmp.{extension}").unlink()
 
 
+def test_one_file_of_hmdb51_is_no_list_of_indices(tmp_path):
+    path = tmp_path / "clap_test_split1.txt"
+    path.write_text("1.avi 1 \n2.avi 2 \n3.avi 0 \n")
+    touch(tmp_path / "1.avi", tmp_path / "2.avi")
+    assert rows(load_video_dataset(path), tmp_path) == {"1.avi": "clap"}
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("extension", ["mp4", "webm"])
 def test_webdataset(tmp_path, extension, streaming):
@@ -288,6 +354,21 @@ def test_webdataset(tmp_path, extension, streaming):
         load_video_dataset(tmp_path / "w" / "s-{000..002}.tar")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_in_a_folder_that_looks_like_a_pattern(tmp_path, streaming):
+    write_shards(tmp_path / "[w] *")
+    for source in (tmp_path / "[w] *", tmp_path / "[w] *" / "s-000.tar"):
+        dataset = load_video_dataset(source, streaming=streaming, cache_dir=str(tmp_path / "cache"))
+        assert [row["label"] for row in dataset] == [0, 1] * (3 if source.is_dir() else 1) + [0] * source.is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar file" * 1000])
+def test_webdataset_that_is_none(tmp_path, content):
+    (tmp_path / "s.tar").write_bytes(content)
+    with pytest.raises(ValueError, match="s.tar: the first shard is no tar file"):
+        load_video_dataset(tmp_path / "s.tar")
+
+
 def test_webdataset_with_names_in_json(tmp_path):
     write_shards(tmp_path / "w", label=lambda i: ("json", json.dumps({"label": "ab"[i % 2]}).encode()))
     dataset = load_video_dataset(tmp_path / "w", cache_dir=str(tmp_path))
@@ -296,6 +377,22 @@ def test_webdataset_with_names_in_json(tmp_path):
     assert [row["label"] for row in streamed] == [1, 0] * 3
     with pytest.raises(ValueError, match="give label_names="):
         next(iter(load_video_dataset(tmp_path / "w", streaming=True)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_beside_a_file_of_a_videos_name(tmp_path, monkeypatch, streaming):
+    """datasets would give that file for the video of the shard."""
+    write_shards(tmp_path / "w")
+    make_video(tmp_path / "0004.mp4", level=200)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="file with the name of a video .*start from another directory"):
+        list(load_video_dataset(tmp_path / "w", streaming=streaming, cache_dir=str(tmp_path / "cache")))
+
+
+def test_webdataset_without_labels(tmp_path):
+    write_shards(tmp_path / "w", label=lambda i: ("txt", b"-1"))
+    with pytest.raises(ValueError, match=r"labels \[-1\] are not among"):
+        load_video_dataset(tmp_path / "w", cache_dir=str(tmp_path))
 
 
 def test_webdataset_streamed_without_names_keeps_numbers(tmp_path):

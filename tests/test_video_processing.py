@@ -231,6 +231,14 @@ def test_kinds_of_arrays():
         (np.zeros((2, 9, 9, 5), np.uint8), r"got \(9, 9, 5\)"),
         (np.zeros((2, 3, 9, 3), np.uint8), r"got \(3, 9, 3\)"),
         (np.zeros((2, 9, 9, 3), np.int64), "uint8, or float in .*int64"),
+        (np.zeros((2, 9, 9, 3), object), "uint8, or float in .*object"),
+        (np.zeros((2, 9, 9, 3), ">f4"), "uint8, or float in .*>f4"),
+        (np.zeros((2, 0, 9, 3), np.uint8), r"at least one pixel, got shape \(0, 9, 3\)"),
+        (torch.zeros(2, 3, 9, 0), r"at least one pixel, got shape \(3, 9, 0\)"),
+        ([Image.new("RGB", (0, 9))], "at least one pixel, got mode RGB, 0 x 9"),
+        ([Image.new("I;16", (9, 9), 4000)], "8 bits per channel.*got mode I;16"),
+        ([Image.new("F", (9, 9), 0.5)], "8 bits per channel.*got mode F"),
+        ({}, "got NoneType"),
         (np.full((2, 9, 9, 3), 7.0), r"\[0, 1\], got \[7, 7\]"),
         (np.full((2, 9, 9, 3), np.nan), r"\[0, 1\], got \[nan, nan\]"),
         ([np.zeros((9, 9, 3), np.uint8), "a.mp4"], "mixture"),
@@ -270,7 +278,8 @@ def test_kinds_of_files(video_file):
     with open(video_file, "rb") as file:
         kinds = [
             video_file, str(video_file), content, file, io.BytesIO(content),
-            {"path": str(video_file), "bytes": None}, {"path": "gone.mkv", "bytes": content}, [video_file],
+            bytearray(content), memoryview(content), [video_file],
+            {"path": str(video_file), "bytes": None}, {"path": "gone.mkv", "bytes": content},
         ]  # fmt: skip
         for kind in kinds:
             assert levels(processor(kind).pixel_values) == [2, 6, 10]
