@@ -1,6 +1,6 @@
 """InTI: inter-frame token interpolation.
 
-Zhang et al., "Dynamic and Compressive Adaptation of Transformers From Images to Videos" (arXiv 2408.06840), Sec. 3.2 and
+Zhang et al., "Dynamic and Compressive Adaptation of Transformers From Images to Videos" (arXiv 2408.06840), Sec. 3.2,
 3.3 and appendix B. Between two blocks each pair of neighbouring frames becomes one frame: token by token a weighted
 sum, with weights alpha and beta predicted from four contexts. The paper's C is the width, j counts pairs, k tokens.
 """
