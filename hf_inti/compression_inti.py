@@ -19,6 +19,7 @@ from .token_state import (
     Tower,
     ZeroLinear,
 )
+from .video_layers import at_frames, depthwise_conv3d
 
 
 CONTEXTS = ("cube", "frame", "global")
@@ -27,33 +28,6 @@ CHOICES = {
     "head": ("softmax", "sigmoid", "attention"),
     "cube": ("local_mhra", "dwconv"),
 }
-
-
-def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
-    """`conv`, depth-wise 3x3x3 with padding 1 and stride (1, 1, 1) or (2, 1, 1), on channels-last x (B, T, h, w, C).
-
-    Computed as three 2-d convolutions, one for each tap in time, added with a shift: on CPUs several times faster than
-    torch's own 3-d one. Returns (B, T / stride, h, w, C).
-    """
-    B, T = x.shape[:2]
-    stride = conv.stride[0]
-    planes = x.flatten(0, 1).permute(0, 3, 1, 2).unflatten(0, (B, T))  # (B, T, C, h, w), a view
-
-    def tap(dt: int, frames: torch.Tensor) -> torch.Tensor:
-        weight = conv.weight[:, :, dt]  # (C, 1, 3, 3)
-        bias = conv.bias if dt == 1 else None
-        y = nn.functional.conv2d(frames.flatten(0, 1), weight, bias, padding=1, groups=weight.shape[0])
-        return y.unflatten(0, frames.shape[:2])
-
-    def later(y: torch.Tensor, frames: int) -> torch.Tensor:  # with zeros where nothing comes in
-        return nn.functional.pad(y, (0, 0, 0, 0, 0, 0, frames, -frames))
-
-    if stride == 1:  # y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1]
-        y = later(tap(0, planes), 1) + tap(1, planes) + later(tap(2, planes), -1)
-    else:  # y[j] = w0 x[2j-1] + w1 x[2j] + w2 x[2j+1]
-        even, odd = planes[:, 0::2], planes[:, 1::2]
-        y = later(tap(0, odd), 1) + tap(1, even) + tap(2, odd)
-    return y.permute(0, 1, 3, 4, 2)
 
 
 def max_pool_pairs(g: torch.Tensor) -> torch.Tensor:
@@ -87,11 +61,7 @@ class TemporalPosition(New, nn.Module):
         nn.init.normal_(self.P, std=0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        P = self.P
-        # An exported program has no branches: there P is always interpolated, to the same values where T is its own.
-        if torch.compiler.is_exporting() or x.shape[1] != P.shape[0]:
-            P = nn.functional.interpolate(P.permute(1, 2, 0), size=x.shape[1], mode="linear").permute(2, 0, 1)
-        return x + self.sigma * P
+        return x + self.sigma * at_frames(self.P, x.shape[1])
 
 
 class LocalUnit(nn.Module):

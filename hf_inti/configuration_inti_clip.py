@@ -12,9 +12,9 @@ from .token_state import Tower, check_frames
 
 
 def _lists(value):
-    """Tuples to lists, inside too: what JSON gives back."""
+    """Tuples to lists and keys to strings, inside too: what JSON gives back."""
     if isinstance(value, dict):
-        return {name: _lists(item) for name, item in value.items()}
+        return {str(name): _lists(item) for name, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -90,9 +90,12 @@ class InTIClipVisionConfig(CLIPVisionConfig):
     @property
     def tower(self) -> Tower:
         """What methods may know of the tower."""
-        values = {name: getattr(self, name) for name in Tower._fields}
         divided = ADAPTATIONS[self.adaptation].frame_multiple(**self.adaptation_options)
-        return Tower(**{**values, "num_frames": self.num_frames // divided})
+        derived = {
+            "num_frames": self.num_frames // divided,
+            "num_patches": (self.image_size // self.patch_size) ** 2,
+        }
+        return Tower(**{name: getattr(self, name) for name in Tower._fields if name not in derived}, **derived)
 
     @property
     def frame_multiple(self) -> int:

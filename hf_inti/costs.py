@@ -43,6 +43,7 @@ def count_costs(config: InTIClipVisionConfig, num_frames: int | None = None) -> 
     with torch.device("meta"):
         # Eager attention, since the counter does not see inside every fused kernel.
         model = InTIClipForVideoClassification._from_config(config, attn_implementation="eager").eval()
+        model.requires_grad_(False)
         size = config.image_size
         frames = config.num_frames if num_frames is None else num_frames
         pixel_values = torch.empty(1, frames, config.num_channels, size, size)

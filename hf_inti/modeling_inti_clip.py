@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .adaptation import ADAPTATIONS
 from .compression import COMPRESSIONS
 from .configuration_inti_clip import InTIClipVisionConfig
-from .token_state import Adaptation, Compression, FrameInterpolation, New, TokenState, check_frames, drop_path
+from .token_state import Adaptation, Compression, FrameInterpolation, New, TokenState, block_rate, check_frames, drop_path
 
 
 @dataclass
@@ -121,7 +121,7 @@ class InTIClipEncoderLayer(CLIPEncoderLayer):
         super().__init__(config)
         self.self_attn = InTIClipAttention(config)
         self.i = i  # counted from 1
-        self.drop_path_rate = config.drop_path_rate * (i - 1) / max(config.num_hidden_layers - 1, 1)
+        self.drop_path_rate = block_rate(config.tower, i)
 
     def forward(self, x, state: TokenState, compression: Compression, adaptation: Adaptation, **kwargs):
         """-> x (B, T, L', D), the feature that the compression reads (B, T, L, D) or None, state."""
@@ -141,9 +141,10 @@ class InTIClipEncoderLayer(CLIPEncoderLayer):
         h = adaptation.mlp(i, self.layer_norm2(x), self.mlp)
         return x + drop_path(h, self.drop_path_rate, self.training), feature, state
 
-    def _normed_attention(self, h: torch.Tensor) -> torch.Tensor:
+    def _normed_attention(self, h: torch.Tensor, inner: Callable | None = None) -> torch.Tensor:
+        h = self.layer_norm1(h)
         # Not through __call__: a second recorded attention per block would be taken for another block's.
-        return self.self_attn.attend(self.layer_norm1(h))[0]
+        return self.self_attn.attend(h if inner is None else inner(h))[0]
 
 
 class InTIClipEncoder(CLIPEncoder):

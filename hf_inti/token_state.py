@@ -25,6 +25,7 @@ class Tower(NamedTuple):
     num_hidden_layers: int
     num_attention_heads: int
     num_frames: int  # in training, and after the patch embedding
+    num_patches: int  # of a frame
     patch_size: int
     num_channels: int
     hidden_act: str
@@ -35,14 +36,16 @@ class Tower(NamedTuple):
 class TokenState(NamedTuple):
     """What is known of tokens (B, T, L, D) besides their values.
 
-    `positions` (B, T, L - num_class_tokens) holds each patch token's place on the grid in row-major order and `sizes`
-    (B, T, L) the number of patches merged into each token; None means every patch in its place, each of size 1.
+    `positions` (B, T, L - num_class_tokens) holds each patch token's place on the grid in row-major order, `sizes`
+    (B, T, L) the number of patches merged into each token, and `source` (B, T, tokens of a whole frame) in which token
+    each of the frame's first ones is now, -1 where it was dropped; None means every patch in its place, of size 1.
     """
 
     num_class_tokens: int
     grid: tuple[int, int]
     positions: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
+    source: torch.Tensor | None = None
 
 
 def check_frames(num_frames: int, multiple: int) -> None:
@@ -61,6 +64,11 @@ def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
     if not training or rate == 0.0:
         return x
     return x * nn.functional.dropout(x.new_ones(x.shape[0], *[1] * (x.dim() - 1)), p=rate)
+
+
+def block_rate(tower: Tower, i: int) -> float:
+    """The drop path rate of block i, counted from 1: it grows linearly from 0 at the first block."""
+    return tower.drop_path_rate * (i - 1) / max(tower.num_hidden_layers - 1, 1)
 
 
 class New:
@@ -114,6 +122,9 @@ class _Method(nn.Module):
     @classmethod
     def check_options(cls, tower: Tower, **options) -> None:
         """Raise a ValueError for an option with a bad value."""
+
+    def set_progress(self, progress: float) -> None:
+        """Training has come from 0 to `progress`, at most 1: for what changes in its course."""
 
 
 class Compression(_Method):
@@ -196,7 +207,11 @@ class Adaptation(_Method):
         return None
 
     def before_attention(self, i: int, x, state: TokenState, attend: Callable) -> torch.Tensor:
-        """On the residual stream x (B, T, L, D). `attend(h)` is block i's LayerNorm and attention on h (b, t, l, D)."""
+        """On the residual stream x (B, T, L, D).
+
+        `attend(h)` is block i's LayerNorm and attention on any h (b, t, l, D), `attend(h, inner)` with a function
+        between the two.
+        """
         return x
 
     def branch_in(self, i: int, h: torch.Tensor) -> torch.Tensor:

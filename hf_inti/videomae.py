@@ -1,0 +1,129 @@
+"""STA and ToMe on an off-the-shelf VideoMAE of transformers, as the STA paper applies the former: no training, and its
+weights are not touched.
+
+    model = apply_sta(VideoMAEForVideoClassification.from_pretrained("MCG-NJU/videomae-base-finetuned-kinetics"), r=64)
+
+VideoMAE attends over the tokens of all frames together and has no class token. Forward hooks on its blocks shorten what
+a block returns (STA) or what its MLP receives (ToMe).
+"""
+
+from transformers import VideoMAEForVideoClassification, VideoMAEModel
+
+from .compression_sta import cells_for, check_choices, directions, draw_for, prune, stage_blocks
+from .compression_tome import bipartite_soft_matching, merge_weighted, r_schedule
+
+
+SCHEDULES = ("paper", "released")
+
+
+class _Features:
+    """Hook on a projection of a block's attention: keeps the mean over its heads until the block has used it."""
+
+    def __init__(self, heads: int):
+        self.heads = heads
+        self.mean = None  # (B, tokens, head width)
+
+    def __call__(self, module, args, output) -> None:
+        self.mean = output.unflatten(-1, (self.heads, -1)).mean(dim=-2)
+
+    def take(self):
+        mean, self.mean = self.mean, None
+        return mean
+
+
+class _Prune:
+    """Hook on a block: drops r tokens of each of `groups` groups from its output."""
+
+    def __init__(self, features: _Features, groups: int, r: int, direction: str, first_frame: str, grid):
+        self.features, self.groups, self.r = features, groups, r
+        self.direction, self.first_frame, self.grid = direction, first_frame, grid
+
+    def __call__(self, module, args, output):
+        metric = self.features.take()
+        x = output.unflatten(1, (self.groups, -1))  # (B, G, N, C)
+        metric = metric.unflatten(1, (self.groups, -1))
+        draw = cells = None
+        if self.first_frame != "tome":
+            # Of tokens in the order of their scores only the rank is known, which stands for the place.
+            places = x.new_zeros(x.shape[0], x.shape[2]).long() + x.new_ones(x.shape[2]).long().cumsum(0) - 1
+            draw = draw_for(places, module.training)
+            cells = cells_for(places % (self.grid[0] * self.grid[1]), self.grid, self.r)
+        kept = prune(x, metric, self.r, self.direction, self.first_frame, draw, cells)
+        return x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1])).flatten(1, 2)
+
+
+def _blocks(model):
+    if isinstance(model, VideoMAEForVideoClassification):
+        model = model.videomae
+    if not isinstance(model, VideoMAEModel):
+        raise ValueError(
+            "token reduction goes with VideoMAEForVideoClassification and VideoMAEModel of transformers, got "
+            f"{type(model).__name__}."
+        )
+    if not model.config.use_mean_pooling:
+        raise ValueError("this VideoMAE reads its first token, which would be reduced too; it needs use_mean_pooling.")
+    return model.encoder.layer
+
+
+def remove(model) -> None:
+    """Take off what `apply_sta` put on a model."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, (_Features, _Prune)):
+                del module._forward_hooks[key]
+
+
+def apply_sta(
+    model: VideoMAEForVideoClassification | VideoMAEModel,
+    r: int = 64,
+    schedule: str = "paper",
+    order: str = "F-B-F",
+    first_frame: str = "tome",
+    similarity: str = "key",
+):
+    """Prune the tokens of a VideoMAE after blocks 1, 1 + L/3 and 1 + 2L/3 from now on; returns the same model.
+
+    Args:
+        r: tokens dropped of each group of tokens at the first stage. Groups are the frames after the tubelet embedding
+            (8 of 196 tokens for 16 frames). 0 takes STA off again; another call replaces the one before.
+        schedule: "paper" halves r from stage to stage, "released", the authors' code, keeps r and halves the number of
+            groups by gluing neighbours together: in all as many tokens go.
+        order, first_frame, similarity: as of `STA`; "random" and "grid" go by the rank of a token in its group.
+
+    Raises ValueError for another model or bad options, and where r leaves a group without tokens.
+    """
+    blocks = _blocks(model)
+    check_choices(order, first_frame, similarity)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"STA's schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+        raise ValueError(f"STA's r must be a whole number of tokens from 0, got {r!r}.")
+    config = model.config
+    groups = config.num_frames // config.tubelet_size
+    side = config.image_size // config.patch_size
+    if schedule == "paper":
+        stages = [(groups, r), (groups, r // 2), (groups, r // 4)]
+    else:
+        if groups % 4 and r:
+            raise ValueError(
+                f"STA's released schedule halves the groups twice, and {groups} is not a multiple of 4; use 'paper'."
+            )
+        stages = [(groups, r), (groups // 2, r), (groups // 4, r)]
+    tokens = groups * side**2
+    for number, dropped in stages:
+        if dropped and tokens // number <= dropped:
+            raise ValueError(
+                f"STA with r {r} drops {dropped} of a group's {tokens // number} tokens; at least one has to be kept: "
+                "lower r."
+            )
+        tokens -= number * dropped
+    remove(model)
+    walks = zip(stage_blocks(len(blocks)), stages, directions(order), strict=True)
+    for block, (number, dropped), direction in walks:
+        if dropped:
+            features = _Features(config.num_attention_heads)
+            attention = blocks[block - 1].attention.attention
+            getattr(attention, similarity).register_forward_hook(features)
+            hook = _Prune(features, number, dropped, direction, first_frame, (side, side))
+            blocks[block - 1].register_forward_hook(hook)
+    return model
