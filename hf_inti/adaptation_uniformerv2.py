@@ -86,7 +86,14 @@ class LocalMHRA(nn.Module):
 class GlobalBlock(GradientCheckpointingLayer):
     """Global UniBlock: the video token g (B, C) attends to all tokens y (B, T, L, C), class tokens included."""
 
-    def __init__(self, width: int, heads: int, eps: float = 1e-5, mlp_dropout: float = 0.5, drop_path_rate: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        eps: float = 1e-5,
+        mlp_dropout: float = 0.5,
+        drop_path_rate: float = 0.0,
+    ):
         super().__init__()
         self.heads, self.drop_path_rate = heads, drop_path_rate
         self.dpe = ZeroBiasConv3d(width, width, kernel_size=3, padding=1, groups=width)

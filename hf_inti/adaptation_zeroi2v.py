@@ -31,22 +31,26 @@ def shift_frames(x: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Te
     return torch.cat([*parts, x[..., start:]], dim=-1)
 
 
-def head_groups(heads: dict, num_heads: int, width: int) -> list[tuple[int, int]]:
+def head_groups(heads: dict | list, num_heads: int, width: int) -> list[tuple[int, int]]:
     """{offset: number of heads} -> [(offset, channels)], by distance and the past first, whatever the mapping's order.
 
-    Parts of heads are allowed where they are whole channels. Raises ValueError for what does not fit.
+    A list of pairs [offset, number] keeps its own order. Parts of heads are allowed where they are whole channels.
+    Raises ValueError for what does not fit.
     """
     groups, head = [], width // num_heads
     try:
-        numbers = {int(offset): number for offset, number in heads.items()}
-        for offset in sorted(numbers, key=lambda offset: (abs(offset), offset)):
-            channels = round(numbers[offset] * head)
-            if offset == 0 or channels < 1 or abs(numbers[offset] * head - channels) > 1e-6:
+        if isinstance(heads, dict):
+            pairs = sorted(((int(o), n) for o, n in heads.items()), key=lambda pair: (abs(pair[0]), pair[0]))
+        else:
+            pairs = [(int(o), n) for o, n in heads]
+        for offset, number in pairs:
+            channels = round(number * head)
+            if offset == 0 or channels < 1 or abs(number * head - channels) > 1e-6:
                 raise ValueError
             groups.append((offset, channels))
-        if len(numbers) != len(heads) or sum(channels for _, channels in groups) > width:
+        if sum(channels for _, channels in groups) > width:
             raise ValueError
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError):
         raise ValueError(
             f"ZeroI2V option heads must map offsets in frames, not 0, to numbers of heads, at most {num_heads} "
             f'together, such as {{"-1": 1, "1": 1}}; got {heads!r}.'
@@ -97,7 +101,8 @@ class ZeroI2V(Adaptation):
     """ZeroI2V on CLIP; only its own parameters, CLIP's last LayerNorm and the head train.
 
     Args:
-        heads: how many heads look at which frame, {offset: number}; keys may be strings, as JSON's are.
+        heads: how many heads look at which frame, {offset: number}, as `head_groups` has it; keys may be strings, as
+            JSON's are.
         scale, dropout, ratio: of the adapters, `ratio` of the width inside them.
         num_tadapter: 2 as released, or 1, without the adapter behind the MLP.
         merged: the adapters are folded into the blocks (`merge_adapters()` sets this).
@@ -109,7 +114,7 @@ class ZeroI2V(Adaptation):
         self,
         tower: Tower,
         *,
-        heads: dict = K400_HEADS,
+        heads: dict | list = K400_HEADS,
         scale: float = 0.5,
         dropout: float = 0.1,
         ratio: float = 0.25,

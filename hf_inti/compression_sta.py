@@ -9,21 +9,23 @@ Where paper and released code differ, or the paper is silent, this follows the c
 A starts from ones over the WHOLE first frame, and kept tokens come out in the order of their scores.
 """
 
+import re
+
 import torch
 from torch import nn
 
 from .token_state import Compression, TokenState, Tower
 
 
-ORDERS = ("F-B-F", "B-F-B", "F", "B")
 FIRST_FRAMES = ("tome", "random", "grid")
 SIMILARITIES = ("query", "key", "value")
 
 
 def check_choices(order: str = "F-B-F", first_frame: str = "tome", similarity: str = "key") -> None:
     """Raise a ValueError that names the valid choices for a bad one."""
+    if not isinstance(order, str) or not re.fullmatch("[FB]|[FB]-[FB]-[FB]", order):
+        raise ValueError(f'STA\'s order must be "F", "B" or three of them such as "F-B-F", got {order!r}.')
     for name, value, valid in (
-        ("order", order, ORDERS),
         ("first_frame", first_frame, FIRST_FRAMES),
         ("similarity", similarity, SIMILARITIES),
     ):

@@ -191,8 +191,9 @@ class ToMe(Compression):
         if r == 0:
             return x, state
         B, T, L, D = x.shape
+        c = state.num_class_tokens
         metric = keys.unflatten(-1, (self.heads, -1)).mean(dim=-2).flatten(0, 1)
-        matching = bipartite_soft_matching(metric, r, class_token=True)
+        matching = bipartite_soft_matching(metric, r, class_token=c > 0, distill_token=c > 1)
         sizes = state.sizes
         if sizes is None:  # counts above 256 are not whole in bf16
             sizes = x.new_ones(B, T, L, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -201,13 +202,13 @@ class ToMe(Compression):
         x = merge(x.flatten(0, 1) * sizes.to(x.dtype), matching, "sum") / total.to(x.dtype)
         positions = state.positions
         if positions is None:
-            positions = torch.arange(L - 1, device=x.device).expand(B, T, -1)
-        # A token stands where its destination stands: each new place is taken by one unmerged token or destination.
-        places = torch.cat([positions.new_full((B, T, 1), -1), positions], dim=2).flatten(0, 1)
-        stays = torch.ones_like(matching.target, dtype=torch.bool)
-        stays[:, 0::2] = torch.zeros_like(stays[:, 0::2]).scatter(1, matching.unm_idx, True)
-        index = torch.where(stays, matching.target, matching.num_tokens)  # the merged share a place that is cut off
-        places = places.new_zeros(B * T, matching.num_tokens + 1).scatter(1, index, places)[:, 1:-1]
+            positions = torch.arange(L - c, device=x.device).expand(B, T, -1)
+        # A merged token stands where its destination stands, so that no two share a place.
+        places = nn.functional.pad(positions, (c, 0)).flatten(0, 1)
+        merged = torch.zeros_like(matching.target[:, 0::2]).scatter(1, matching.src_idx, 1)
+        index = matching.target.clone()
+        index[:, 0::2] = torch.where(merged > 0, matching.num_tokens, index[:, 0::2])  # past the end, cut off
+        places = places.new_zeros(B * T, matching.num_tokens + 1).scatter(1, index, places)[:, c:-1]
         source = merge_source(matching, None if state.source is None else state.source.flatten(0, 1))
         state = state._replace(
             positions=places.unflatten(0, (B, T)),

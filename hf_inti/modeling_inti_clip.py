@@ -5,11 +5,13 @@ what differs: tokens are carried as (B, T, L, D), attention also returns the key
 methods of `compression.py` and `adaptation.py` are called at the hooks of `token_state.py`.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,7 +24,7 @@ from transformers.models.clip.modeling_clip import (
     CLIPVisionModel,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import cached_file, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -30,6 +32,9 @@ from .adaptation import ADAPTATIONS
 from .compression import COMPRESSIONS
 from .configuration_inti_clip import InTIClipVisionConfig
 from .token_state import Adaptation, Compression, FrameInterpolation, New, TokenState, block_rate, check_frames, drop_path
+
+
+TRAINED_WEIGHTS = "trained.safetensors"
 
 
 @dataclass
@@ -43,9 +48,12 @@ class InTIClipVisionOutput(BaseModelOutputWithPooling):
         attentions (*optional*): the spatial attention of each block, `(B * T_i, H, L_i, L_i)`.
         interpolation_weights (*optional*, with `output_interpolation_weights=True`): of each interpolation of frames,
             alpha and beta as `(B, T_out, L, 2)`.
+        token_source (*optional*, with `output_token_source=True`, `torch.LongTensor` of shape `(B, T', L)`): in which
+            of the last tokens of its frame each of the frame's first ones is, -1 where it was dropped.
     """
 
     interpolation_weights: tuple[torch.FloatTensor, ...] | None = None
+    token_source: torch.LongTensor | None = None
 
 
 @dataclass
@@ -54,10 +62,11 @@ class InTIClipVideoClassifierOutput(ImageClassifierOutput):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, with `labels`): cross-entropy.
         logits (`torch.FloatTensor` of shape `(B, num_labels)`): before SoftMax.
-        hidden_states, attentions, interpolation_weights: as of [`InTIClipVisionOutput`].
+        hidden_states, attentions, interpolation_weights, token_source: as of [`InTIClipVisionOutput`].
     """
 
     interpolation_weights: tuple[torch.FloatTensor, ...] | None = None
+    token_source: torch.LongTensor | None = None
 
 
 class InTIClipVisionEmbeddings(CLIPVisionEmbeddings):
@@ -157,14 +166,14 @@ class InTIClipEncoder(CLIPEncoder):
         self.gradient_checkpointing = False
 
     def forward(self, x, state: TokenState, compression: Compression, adaptation: Adaptation, **kwargs):
-        """Tokens (B, T, L, D) -> tokens (B, T', L', D) and the adaptation's side stream."""
+        """Tokens (B, T, L, D) -> tokens (B, T', L', D), their state and the adaptation's side stream."""
         x, state = compression.after_block(0, x, None, state)
         side = adaptation.start(x)
         for layer in self.layers:
             x, feature, state = layer(x, state, compression, adaptation, **kwargs)
             x, state = compression.after_block(layer.i, x, feature, state)
             side = adaptation.after_block(layer.i, x, state, side)
-        return x, side
+        return x, state, side
 
 
 class InTIClipPreTrainedModel(CLIPPreTrainedModel):
@@ -211,6 +220,47 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
                 "the report above); make the configuration from that checkpoint, or pass ignore_mismatched_sizes=True "
                 "to start these weights anew."
             ) from error
+
+    def set_training_progress(self, progress: float) -> None:
+        """Tell the methods how far training is, from 0 to 1: STTS lets its noise fade with it."""
+        if not 0 <= progress <= 1:
+            raise ValueError(f"training progress goes from 0 to 1, got {progress}.")
+        self.base_model.compression.set_progress(progress)
+        self.base_model.adaptation.set_progress(progress)
+
+    def save_trained_only(self, save_directory: str | os.PathLike) -> None:
+        """Write the configuration and the weights that train, a small part of all where CLIP is frozen.
+
+        `load_trained_only` puts them on a model of CLIP's weights again. Raises ValueError where everything trains.
+        """
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        if not frozen:
+            raise ValueError(f"all of this model trains (adaptation {self.config.adaptation!r}); use save_pretrained.")
+        state = {name: t.contiguous() for name, t in self.state_dict().items() if name not in frozen}
+        os.makedirs(save_directory, exist_ok=True)
+        self.config.save_pretrained(save_directory)
+        save_file(state, os.path.join(save_directory, TRAINED_WEIGHTS), metadata={"format": "pt"})
+
+    def load_trained_only(self, pretrained_model_name_or_path: str | os.PathLike) -> None:
+        """Load what `save_trained_only` wrote, a folder or a name on the Hub, over the weights of this model.
+
+            config = InTIClipVisionConfig.from_pretrained(folder)
+            model = InTIClipForVideoClassification.from_pretrained("openai/clip-vit-base-patch16", config=config)
+            model.load_trained_only(folder)
+
+        Raises ValueError for weights of another method, class or size.
+        """
+        state = load_file(cached_file(pretrained_model_name_or_path, TRAINED_WEIGHTS))
+        own = self.state_dict()
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
+        wrong += sorted(trained - state.keys())
+        if wrong:
+            raise ValueError(
+                f"the trained weights in {pretrained_model_name_or_path} do not fit this model, as at {wrong[0]}; make "
+                "the model with the configuration that lies beside them."
+            )
+        self.load_state_dict(state, strict=False)
 
     def merge_adapters(self) -> None:
         """Fold the adaptation's adapters into the blocks, so that inference costs what the plain tower costs.
@@ -259,6 +309,7 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = False,
+        output_token_source: bool = False,
         **kwargs,
     ) -> InTIClipVisionOutput:
         r"""
@@ -269,6 +320,8 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
                 Accept frames of another size than the tower was made for.
             output_hidden_states, output_attentions, output_interpolation_weights (`bool`):
                 What else to return; attentions need `attn_implementation="eager"`.
+            output_token_source (`bool`):
+                Also return where the tokens of a frame went, for drawing ToMe's and STA's.
 
         Raises ValueError for another shape or number of frames, saying which would do.
         """
@@ -276,9 +329,14 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
         x, grid = self.embeddings(pixel_values, self.adaptation, interpolate_pos_encoding)
         x = self.pre_layrnorm(self.adaptation.on_embeddings(x))
         state = TokenState(num_class_tokens=1, grid=grid)
-        x, side = self.encoder(x, state, self.compression, self.adaptation, **kwargs)
+        x, state, side = self.encoder(x, state, self.compression, self.adaptation, **kwargs)
         pooled = self.adaptation.pool(x, side, self.post_layernorm)
-        return InTIClipVisionOutput(last_hidden_state=x, pooler_output=pooled)
+        source = None
+        if output_token_source:
+            source = state.source
+            if source is None:  # nothing was merged or dropped
+                source = torch.arange(x.shape[2], device=x.device).expand(*x.shape[:3])
+        return InTIClipVisionOutput(last_hidden_state=x, pooler_output=pooled, token_source=source)
 
     def _check_input(self, pixel_values: torch.Tensor | None) -> None:
         if pixel_values is None:
@@ -331,6 +389,7 @@ class InTIClipForVideoClassification(InTIClipPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             interpolation_weights=outputs.interpolation_weights,
+            token_source=outputs.token_source,
         )
 
     def _check_labels(self, labels: torch.Tensor) -> None:

@@ -2,7 +2,8 @@
 
     parse_recipe([ModelArguments, ...], ["recipe.yaml", "--learning_rate", "1e-4"])
 
-A recipe holds the same names as the command line has flags; what the command line says wins.
+A recipe holds the same names as the command line has flags; what the command line says wins. A recipe that changes a
+few settings of another names it, `base: other.yaml` (a path from its own folder), and holds the changes.
 """
 
 import difflib
@@ -187,7 +188,7 @@ def parse_recipe(classes: list[type], arguments: list[str] | None = None, descri
 
     The first argument may be a YAML file; its settings are read as if they were flags in front of the others. Raises
     ValueError for a file that is missing or no mapping, for settings and flags that do not exist, for values of a wrong
-    kind, and for a required value (one without a default) that neither gives.
+    kind, for recipes that are each other's base, and for a required value (one without a default) that nothing gives.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(classes, usage="%(prog)s [RECIPE.yaml] [--setting value ...]", description=description)
@@ -205,17 +206,8 @@ def parse_recipe(classes: list[type], arguments: list[str] | None = None, descri
 
 def _flags_of_yaml(path: Path, parser: _Parser, hints: dict) -> list[str]:
     """A recipe's settings as flags, so that both are checked and converted alike (YAML reads 1e-3 as text)."""
-    if not path.is_file():
-        raise ValueError(f"there is no recipe {path}; the first argument, if it is no flag, is a YAML file.")
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold names with values, got {type(settings).__name__}.")
     flags = []
-    for name, value in settings.items():
-        parser.check_name(name, f"{path}: ")
+    for name, value in _settings_of_yaml(path, parser).items():
         if value is None:
             if type(None) not in get_args(hints[name]):
                 raise ValueError(f"{path}: {name} has no value; give one or leave the line out.")
@@ -225,6 +217,29 @@ def _flags_of_yaml(path: Path, parser: _Parser, hints: dict) -> list[str]:
         else:
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
+
+
+def _settings_of_yaml(path: Path, parser: _Parser, above: tuple[Path, ...] = ()) -> dict:
+    """A recipe's settings over those of its base; `above`: the recipes whose base this one is."""
+    if path.resolve() in [other.resolve() for other in above]:
+        raise ValueError(f"recipes are each other's base: {' -> '.join(map(str, (*above, path)))}; take one base out.")
+    if not path.is_file():
+        where = f"{above[-1]} names it as its base" if above else "the first argument, if it is no flag, is a YAML file"
+        raise ValueError(f"there is no recipe {path}; {where}.")
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold names with values, got {type(settings).__name__}.")
+    bases = [settings.pop("base")] if "base" in settings else []
+    for name in settings:
+        parser.check_name(name, f"{path}: ")
+    for base in bases:
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base must name one recipe, by its path from this file, got {base!r}.")
+        settings = {**_settings_of_yaml(path.parent / base, parser, (*above, path)), **settings}
+    return settings
 
 
 def parse_arguments(cls: type, leading: list[str], description: str, arguments: list[str] | None = None):

@@ -80,15 +80,18 @@ def apply_sta(
     order: str = "F-B-F",
     first_frame: str = "tome",
     similarity: str = "key",
+    groups: int | None = None,
 ):
     """Prune the tokens of a VideoMAE after blocks 1, 1 + L/3 and 1 + 2L/3 from now on; returns the same model.
 
     Args:
-        r: tokens dropped of each group of tokens at the first stage. Groups are the frames after the tubelet embedding
-            (8 of 196 tokens for 16 frames). 0 takes STA off again; another call replaces the one before.
+        r: tokens dropped of each group of tokens at the first stage. 0 takes STA off again; another call replaces the
+            one before.
         schedule: "paper" halves r from stage to stage, "released", the authors' code, keeps r and halves the number of
             groups by gluing neighbours together: in all as many tokens go.
         order, first_frame, similarity: as of `STA`; "random" and "grid" go by the rank of a token in its group.
+        groups: into how many groups the tokens fall; default: the frames after the tubelet embedding, 8 for 16 frames
+            (the released code takes 8 whatever the number of frames).
 
     Raises ValueError for another model or bad options, and where r leaves a group without tokens.
     """
@@ -99,8 +102,12 @@ def apply_sta(
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
         raise ValueError(f"STA's r must be a whole number of tokens from 0, got {r!r}.")
     config = model.config
-    groups = config.num_frames // config.tubelet_size
+    frames = config.num_frames // config.tubelet_size
+    groups = frames if groups is None else groups
     side = config.image_size // config.patch_size
+    tokens = frames * side**2
+    if groups < 1 or tokens % groups:
+        raise ValueError(f"STA's groups must divide the {tokens} tokens of this model, got {groups}.")
     if schedule == "paper":
         stages = [(groups, r), (groups, r // 2), (groups, r // 4)]
     else:
@@ -109,7 +116,6 @@ def apply_sta(
                 f"STA's released schedule halves the groups twice, and {groups} is not a multiple of 4; use 'paper'."
             )
         stages = [(groups, r), (groups // 2, r), (groups // 4, r)]
-    tokens = groups * side**2
     for number, dropped in stages:
         if dropped and tokens // number <= dropped:
             raise ValueError(

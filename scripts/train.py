@@ -243,6 +243,7 @@ def main() -> None:
             pixel_values = processor.finish(batch["pixel_values"].to(accelerator.device))
             labels = batch["labels"].to(accelerator.device)
             pixel_values, targets = mixing(pixel_values, labels, torch.Generator().manual_seed(place_seed))
+            accelerator.unwrap_model(model).set_training_progress(progress["step"] / total_steps)
             with accelerator.accumulate(model):
                 loss = cross_entropy(model(pixel_values=pixel_values).logits.float(), targets)
                 accelerator.backward(loss)
