@@ -91,7 +91,9 @@ class STAdapter(Adaptation):
             or len(kernel) != 3
             or not all(type(size) is int and size > 0 and size % 2 for size in kernel)
         ):
-            raise ValueError(f"ST-Adapter option kernel_size must be three odd numbers such as [3, 1, 1], got {kernel!r}.")
+            raise ValueError(
+                f"ST-Adapter option kernel_size must be three odd numbers such as [3, 1, 1], got {kernel!r}."
+            )
 
     def _adapt(self, adapters: nn.ModuleList | None, i: int, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         if adapters is None or i < self.first:

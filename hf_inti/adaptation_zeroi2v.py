@@ -123,7 +123,13 @@ class ZeroI2V(Adaptation):
     ):
         super().__init__(tower)
         C = tower.hidden_size
-        self.options = {"heads": heads, "scale": scale, "dropout": dropout, "ratio": ratio, "num_tadapter": num_tadapter}
+        self.options = {
+            "heads": heads,
+            "scale": scale,
+            "dropout": dropout,
+            "ratio": ratio,
+            "num_tadapter": num_tadapter,
+        }
         self.groups = head_groups(heads, tower.num_attention_heads, C)
         self.temporal_embedding = TemporalEmbedding(tower.num_frames, C)
 

@@ -94,6 +94,8 @@ def prune(
     G, N = x.shape[1:3]
     if not 0 <= r < N:
         raise ValueError(f"STA cannot drop {r} of {N} tokens of a frame; at least one has to be kept: lower r.")
+    if r == 0:
+        return torch.arange(N, device=x.device).expand(x.shape[0], G, N)
     metric = nn.functional.normalize(metric, dim=-1)
     unimportant = 1 - semantic_importance(x)
     kept: list = [None] * G

@@ -180,7 +180,9 @@ class STTS(Compression):
         spatial: pairs [block, share of the patches kept]; kept is the largest square of at most so many. Without
             `temporal` and `spatial`: half of the frames before the first block, and of those 0.6 of the patches after
             a third of the blocks.
-        scorer: "paper", two linear layers, or "released", the deeper network of the authors' code.
+        scorer: "released", the deeper network of the authors' code, or "paper", the two linear layers of Eq. 2 and 3,
+            between which the paper names no nonlinearity: then the sequence's mean shifts all scores alike, and the
+            normalisation takes it out again.
         sigma: of the noise, at the start of training; see `set_training_progress` of the model.
         num_samples: n, draws of noise.
         stride: distance of neighbouring squares in patches; default as released: half of what a side gives up.
@@ -197,7 +199,7 @@ class STTS(Compression):
         *,
         temporal: list[list] | None = None,
         spatial: list[list] | None = None,
-        scorer: str = "paper",
+        scorer: str = "released",
         sigma: float = 0.1,
         num_samples: int = 500,
         stride: int | None = None,
@@ -233,7 +235,7 @@ class STTS(Compression):
                     f"STTS option {name} must be a list of pairs [block from 0 to {depth}, share above 0 and at most "
                     f"1], each block once, such as [[0, 0.5]]; got {plan!r}."
                 )
-        if options.get("scorer", "paper") not in SCORERS:
+        if options.get("scorer", "released") not in SCORERS:
             raise ValueError(f"STTS option scorer must be one of {', '.join(SCORERS)}, got {options['scorer']!r}.")
         if not number(options.get("sigma", 0.1)) or options.get("sigma", 0.1) < 0:
             raise ValueError(f"STTS option sigma must be a number from 0, got {options['sigma']!r}.")

@@ -132,7 +132,9 @@ def r_schedule(num_layers: int, r: int | list[int] | tuple[int, float]) -> list[
     if isinstance(r, tuple):
         r, inflection = r
     if not _is_count(r) or not -1 <= inflection <= 1:
-        raise ValueError(f"ToMe's r must be a whole number from 0, with an inflection from -1 to 1, got {r, inflection}.")
+        raise ValueError(
+            f"ToMe's r must be a whole number from 0, with an inflection from -1 to 1, got {r, inflection}."
+        )
     low = int(r * (1 - inflection))
     step = (2 * r - 2 * low) / max(num_layers - 1, 1)
     return [int(low + step * i) for i in range(num_layers)] if num_layers > 1 else [r]

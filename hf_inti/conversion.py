@@ -198,7 +198,9 @@ def infer_config(state_dict: dict, method: str, num_frames: int | None = None) -
             "num_layers": depth - min(blocks),
             "kernel_size": list(shape(f"{one}.conv.weight")[2:]),
         }
-    heads = [state_dict[name] for name in ("transformer.proj.2.bias", "fc.bias", "classifier.bias") if name in state_dict]
+    heads = [
+        state_dict[name] for name in ("transformer.proj.2.bias", "fc.bias", "classifier.bias") if name in state_dict
+    ]
     return {
         "hidden_size": width,
         "intermediate_size": shape("mlp.c_fc.bias")[0],

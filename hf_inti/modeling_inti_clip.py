@@ -31,7 +31,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .adaptation import ADAPTATIONS
 from .compression import COMPRESSIONS
 from .configuration_inti_clip import InTIClipVisionConfig
-from .token_state import Adaptation, Compression, FrameInterpolation, New, TokenState, block_rate, check_frames, drop_path
+from .token_state import (
+    Adaptation,
+    Compression,
+    FrameInterpolation,
+    New,
+    TokenState,
+    block_rate,
+    check_frames,
+    drop_path,
+)
 
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -272,9 +281,9 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         adapted = model.adaptation
         options = adapted.merge(model.encoder.layers)
         self.config.adaptation_options = options
-        merged = ADAPTATIONS[self.config.adaptation](self.config.tower, **options)
+        merged = ADAPTATIONS[self.config.adaptation](self.config.tower, **options).to(self.device, self.dtype)
         merged.load_state_dict(adapted.state_dict(), strict=False)  # what was not folded, such as an embedding
-        model.adaptation = merged.to(self.device, self.dtype).train(self.training)
+        model.adaptation = merged.train(self.training)
 
 
 class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):

@@ -232,14 +232,14 @@ def _settings_of_yaml(path: Path, parser: _Parser, above: tuple[Path, ...] = ())
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold names with values, got {type(settings).__name__}.")
-    bases = [settings.pop("base")] if "base" in settings else []
-    for name in settings:
+    for name in settings.keys() - {"base"}:
         parser.check_name(name, f"{path}: ")
-    for base in bases:
-        if not isinstance(base, str):
-            raise ValueError(f"{path}: base must name one recipe, by its path from this file, got {base!r}.")
-        settings = {**_settings_of_yaml(path.parent / base, parser, (*above, path)), **settings}
-    return settings
+    if "base" not in settings:
+        return settings
+    base = settings.pop("base")
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base must name one recipe, by its path from this file, got {base!r}.")
+    return {**_settings_of_yaml(path.parent / base, parser, (*above, path)), **settings}
 
 
 def parse_arguments(cls: type, leading: list[str], description: str, arguments: list[str] | None = None):

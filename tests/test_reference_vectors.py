@@ -238,9 +238,7 @@ def sta_vit(v: Vector) -> None:
 def st_adapter_alone(v: Vector) -> None:
     o = v.options
     adapter = SpatioTemporalAdapter(o["C"], o["Ca"], o["kernel"]).double()
-    adapter.load_state_dict(
-        {n.replace("fc1.", "down.").replace("fc2.", "up."): value for n, value in v.params.items()}
-    )
+    adapter.load_state_dict({n.replace("fc1.", "down.").replace("fc2.", "up."): value for n, value in v.params.items()})
     x = v.inputs["x"].unflatten(0, (o["B"], o["T"]))
     state = TokenState(num_class_tokens=1, grid=square(x.shape[2] - 1))
     y = torch.cat([x[:, :, :1], x[:, :, 1:] + adapter(x[:, :, 1:], state)], dim=2)
@@ -554,9 +552,7 @@ def zeroi2v_block(v: Vector) -> None:
 def zeroi2v_model(v: Vector) -> None:
     o = v.options
     heads = zeroi2v_heads(o["stdha_cfg"], o["C"], o["heads"])
-    model = clip_model(
-        v, "zeroi2v", o["heads"], heads=heads, scale=o["adapter_scale"], num_tadapter=o["num_tadapter"]
-    )
+    model = clip_model(v, "zeroi2v", o["heads"], heads=heads, scale=o["adapter_scale"], num_tadapter=o["num_tadapter"])
     pixel_values = v.inputs["pixels"].transpose(1, 2)
     out = model.vision_model(pixel_values, output_hidden_states=True)
     for i in range(o["layers"]):
