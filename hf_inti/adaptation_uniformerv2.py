@@ -61,9 +61,10 @@ class TokenBatchNorm(nn.BatchNorm1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Inside a backward pass (a graph task is running) this is activation checkpointing, going over a batch again.
         again = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if again:
-            return nn.functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        return super().forward(x)
+        if not again:
+            return super().forward(x)
+        mean, var = self.running_mean.clone(), self.running_var.clone()  # updated in vain
+        return nn.functional.batch_norm(x, mean, var, self.weight, self.bias, training=True, eps=self.eps)
 
 
 class LocalMHRA(nn.Module):

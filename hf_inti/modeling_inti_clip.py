@@ -220,7 +220,7 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
@@ -229,6 +229,9 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
                 "the report above); make the configuration from that checkpoint, or pass ignore_mismatched_sizes=True "
                 "to start these weights anew."
             ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.freeze()  # again: loaded parameters are new ones
+        return loaded
 
     def set_training_progress(self, progress: float) -> None:
         """Tell the methods how far training is, from 0 to 1: STTS lets its noise fade with it."""
@@ -306,6 +309,10 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
         )
         self.adaptation = ADAPTATIONS[config.adaptation](config.tower, **config.adaptation_options)
         self.post_init()
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Let only those parameters train that the adaptation names, and its own and the compression's."""
         trained = self.adaptation.trained_parameters()
         if trained is not None:
             prefixes = ("compression.", "adaptation.", *trained)

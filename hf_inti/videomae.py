@@ -1,16 +1,14 @@
-"""STA and ToMe on an off-the-shelf VideoMAE of transformers, as the STA paper applies the former: no training, and its
-weights are not touched.
+"""STA on an off-the-shelf VideoMAE of transformers, as its paper applies it: no training, and no weight is touched.
 
     model = apply_sta(VideoMAEForVideoClassification.from_pretrained("MCG-NJU/videomae-base-finetuned-kinetics"), r=64)
 
-VideoMAE attends over the tokens of all frames together and has no class token. Forward hooks on its blocks shorten what
-a block returns (STA) or what its MLP receives (ToMe).
+VideoMAE attends over the tokens of all frames together and has no class token. Forward hooks on three of its blocks
+shorten what they return.
 """
 
 from transformers import VideoMAEForVideoClassification, VideoMAEModel
 
 from .compression_sta import cells_for, check_choices, directions, draw_for, prune, stage_blocks
-from .compression_tome import bipartite_soft_matching, merge_weighted, r_schedule
 
 
 SCHEDULES = ("paper", "released")
