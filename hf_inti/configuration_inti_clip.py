@@ -29,16 +29,18 @@ class InTIClipVisionConfig(CLIPVisionConfig):
             Frames of a clip in training. The model takes any other number that the compression can halve; the video
             classification pipeline samples this many.
         compression (`str`, defaults to `"inti"`):
-            `"none"` or `"inti"`. With adaptation `"none"`, `"none"` is the papers' *Naive*.
+            How frames or tokens become fewer: `"none"`, `"inti"`, `"linear_pooling"`, `"conv_pooling"`, `"tome"`, `"sta"`
+            or `"stts"`. With adaptation `"none"`, `"none"` is the papers' *Naive*.
         compression_layers (`list[int]`, *optional*):
-            After which blocks the compression stands, counted from 1; 0 is before the first. Defaults to 5/12 and 7/12
-            of the depth: 5, 7 for ViT-B and 10, 14 for ViT-L.
+            After which blocks InTI or a pooling stands, counted from 1; 0 is before the first. Defaults to 5/12 and
+            7/12 of the depth: 5, 7 for ViT-B and 10, 14 for ViT-L. The other compressions have places of their own.
         compression_options (`dict`, *optional*):
             Options of the compression, such as `{"cube": "dwconv"}`; see its class.
         adaptation (`str`, defaults to `"none"`):
-            `"none"`: CLIP's blocks as they are.
+            What lets the tower see time: `"none"`, `"uniformerv2"`, `"zeroi2v"`, `"aim"` or `"st_adapter"`. The last
+            three leave CLIP frozen.
         adaptation_options (`dict`, *optional*):
-            Options of the adaptation.
+            Options of the adaptation; see its class.
         drop_path_rate (`float`, defaults to 0.0):
             Stochastic depth of the last block; it grows linearly from 0 at the first.
         classifier_dropout (`float`, defaults to 0.0):

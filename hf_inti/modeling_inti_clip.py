@@ -337,7 +337,7 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
             output_hidden_states, output_attentions, output_interpolation_weights (`bool`):
                 What else to return; attentions need `attn_implementation="eager"`.
             output_token_source (`bool`):
-                Also return where the tokens of a frame went, for drawing ToMe's and STA's.
+                Also return where the tokens of a frame went, for drawing ToMe's and STA's; None with STTS's squares.
 
         Raises ValueError for another shape or number of frames, saying which would do.
         """
@@ -345,12 +345,13 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
         x, grid = self.embeddings(pixel_values, self.adaptation, interpolate_pos_encoding)
         x = self.pre_layrnorm(self.adaptation.on_embeddings(x))
         state = TokenState(num_class_tokens=1, grid=grid)
+        L = x.shape[2]
         x, state, side = self.encoder(x, state, self.compression, self.adaptation, **kwargs)
         pooled = self.adaptation.pool(x, side, self.post_layernorm)
         source = None
         if output_token_source:
             source = state.source
-            if source is None:  # nothing was merged or dropped
+            if source is None and x.shape[2] == L:  # nothing was merged or dropped
                 source = torch.arange(x.shape[2], device=x.device).expand(*x.shape[:3])
         return InTIClipVisionOutput(last_hidden_state=x, pooler_output=pooled, token_source=source)
 

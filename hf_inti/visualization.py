@@ -75,6 +75,48 @@ def figure4(frames: torch.Tensor, weights: torch.Tensor, merged: int, path: Path
     figure.savefig(path, dpi=120)
 
 
+def left_of_frames(frames: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Frames with each patch as the mean of all patches in its token, white where it was dropped.
+
+    Args:
+        frames: (T, 3, H, W) in [0, 1].
+        source: (T, 1 + N), of `output_token_source=True`; N patches of a square grid.
+
+    Returns (T, 3, H, W).
+    """
+    T, _, H, W = frames.shape
+    groups = source[:, 1:]
+    side = round(groups.shape[1] ** 0.5)
+    p, q = H // side, W // side
+    patches = frames.unflatten(2, (side, p)).unflatten(4, (side, q)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    same = (groups[:, :, None] == groups[:, None, :]).to(frames.dtype)  # (T, N, N)
+    means = torch.einsum("tnm,tmcpq->tncpq", same / same.sum(-1, keepdim=True), patches)
+    means[groups < 0] = 1.0
+    return means.unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).reshape(T, 3, side * p, side * q)
+
+
+def token_pictures(frames: torch.Tensor, source: torch.Tensor, path: Path, title: str = "") -> None:
+    """Draw what ToMe's merging or STA's pruning leaves of each frame; arguments as of `left_of_frames`."""
+    from matplotlib.figure import Figure
+
+    T = frames.shape[0]
+    columns = min(T, 8)
+    bands = -(-T // columns)
+    figure = Figure(figsize=(1.5 * columns, 3.6 * bands), layout="constrained")
+    left = left_of_frames(frames, source)
+    for t in range(T):
+        for row, pictures in enumerate((frames, left)):
+            place = (2 * (t // columns) + row) * columns + t % columns + 1
+            axes = figure.add_subplot(2 * bands, columns, place)
+            axes.imshow(pictures[t].clamp(0, 1).permute(1, 2, 0).numpy())
+            number = source[t, 1:].unique()
+            axes.set_title(f"frame {t + 1}" if row == 0 else f"{(number >= 0).sum()} tokens", fontsize=8)
+            axes.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
 def confusion_matrix(counts, label_names: list[str], path: Path) -> None:
     """Draw counts (K, K), rows the true classes, as shares of each row; labelled where they can be read."""
     from matplotlib.figure import Figure

@@ -1,8 +1,10 @@
-"""Draw what InTI does to a video, as the paper's Figure 4 does.
+"""Draw what a compression does to a video.
 
     python scripts/visualize.py outputs/k400/best clip.mp4 --output figure4.png
 
-Input frames, the predicted weights of their patches as heat maps (multiplied over the stages), the aggregated frames.
+InTI and LinearPooling as the InTI paper's Figure 4: input frames, the weights of their patches as heat maps (multiplied
+over the stages), the aggregated frames. ToMe and STA: each frame, and what is left of it, a patch drawn as the mean of
+those in its token and white where it was dropped.
 """
 
 from dataclasses import dataclass, field
@@ -12,12 +14,12 @@ import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.recipes import parse_arguments, run_script
-from hf_inti.visualization import cascaded_weights, figure4
+from hf_inti.visualization import cascaded_weights, figure4, token_pictures
 
 
 @dataclass
 class VisualizationArguments:
-    model: str = field(metadata={"help": "A trained model whose compression is inti: a folder or a name on the Hub."})
+    model: str = field(metadata={"help": "A trained model: a folder or a name on the Hub."})
     video: str = field(metadata={"help": "A file or URL."})
     output: str = field(default="figure4.png", metadata={"help": "The picture to write, PNG."})
     num_frames: int | None = field(default=None, metadata={"help": "Frames sampled; default: as in training."})
@@ -29,17 +31,18 @@ def main() -> None:
     processor = InTIClipVideoProcessor.from_pretrained(args.model)
     frames = processor(args.video, num_frames=args.num_frames, do_rescale=False, do_normalize=False)["pixel_values"]
     with torch.inference_mode():
-        out = model(processor.finish(frames), output_interpolation_weights=True)
-    patches = cascaded_weights(out.interpolation_weights)[0, :, 1:]
-    side = frames.shape[-2] // model.config.patch_size
+        out = model(processor.finish(frames), output_interpolation_weights=True, output_token_source=True)
     score, label = out.logits.softmax(-1)[0].max(-1)
-    figure4(
-        frames[0] / 255,
-        patches.unflatten(1, (side, -1)),
-        merged=out.interpolation_weights[-1].shape[1],
-        path=Path(args.output),
-        title=f"{Path(args.video).name}: {model.config.id2label[label.item()]} ({score:.0%})",
-    )
+    title = f"{Path(args.video).name}: {model.config.id2label[label.item()]} ({score:.0%})"
+    if out.interpolation_weights:
+        patches = cascaded_weights(out.interpolation_weights)[0, :, 1:]
+        side = frames.shape[-2] // model.config.patch_size
+        merged = out.interpolation_weights[-1].shape[1]
+        figure4(frames[0] / 255, patches.unflatten(1, (side, -1)), merged, Path(args.output), title)
+    elif model.config.compression in ("tome", "sta"):
+        token_pictures(frames[0] / 255, out.token_source[0], Path(args.output), title)
+    else:
+        raise ValueError(f"there is no picture of compression {model.config.compression!r}; it has no weights to draw.")
     print(f"The picture is in {args.output}")
 
 

@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
 from hf_inti.adaptation import ADAPTATIONS
 from hf_inti.compression import COMPRESSIONS
 from hf_inti.token_state import TokenState
+from hf_inti.trainer import TrainingProgressCallback
+from hf_inti.visualization import left_of_frames
 
 
 COMPRESSION_OPTIONS = {
@@ -200,6 +203,16 @@ def test_sta_keeps_distinct_patches_of_every_frame(build):
         assert sorted(kept[kept >= 0].tolist()) == list(range(10))
 
 
+def test_what_is_left_of_frames_is_drawn():
+    frames = torch.rand(1, 3, 4, 6)  # patches of 2 x 3 pixels
+    a, b, c, d = frames[0, :, :2, :3], frames[0, :, :2, 3:], frames[0, :, 2:, :3], frames[0, :, 2:, 3:]
+    left = left_of_frames(frames, torch.tensor([[0, 2, 1, 2, -1]]))[0]
+    assert_close(left[:, :2, :3], (a + c) / 2)
+    assert_close(left[:, :2, 3:], b)
+    assert_close(left[:, 2:, :3], (a + c) / 2)
+    assert (left[:, 2:, 3:] == 1).all() and not (d == 1).all()
+
+
 @pytest.mark.parametrize(
     "compression, options",
     [
@@ -290,6 +303,21 @@ def test_stts_noise_fades_with_training(build):
     assert all((g == 0).all() for name, g in gradient.items() if "compression" in name)
     with pytest.raises(ValueError, match="goes from 0 to 1, got 1.5"):
         model.set_training_progress(1.5)
+
+
+def test_trainer_lets_the_noise_fade(build, tmp_path):
+    model = build("stts", "none")
+    clips_ = [{"pixel_values": clips(1)[0], "labels": i} for i in range(4)]
+    options = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "report_to": "none", "use_cpu": True}
+    arguments = TrainingArguments(str(tmp_path), disable_tqdm=True, save_strategy="no", **options)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.append(model.vision_model.compression.temporal[0].topk.sigma.item())
+
+    Trainer(model, arguments, train_dataset=clips_, callbacks=[TrainingProgressCallback(), Watch()]).train()
+    assert seen == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
 def test_stts_noise_is_not_saved_and_starts_anew(build, tmp_path):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, VideoMAEConfig, VideoMAEForVideoClassification
 
 from conftest import TINY, write_video
-from hf_inti import InTIClipVisionConfig
+from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
 from hf_inti.costs import count_costs
 
 
@@ -21,6 +21,26 @@ def test_first_screen(capsys):
     printed = capsys.readouterr().out.splitlines()
     expected = re.findall(r"print\(.*\)  # (?:frames: )?(.*)", BLOCKS[0])
     assert printed == expected and len(expected) == 2
+
+
+def test_choosing_a_method(tmp_path, monkeypatch):
+    choose, use, videomae = [block for block in BLOCKS if "heads" in block or "merge_" in block or "apply_sta" in block]
+    monkeypatch.chdir(tmp_path)
+    tower = {**TINY, "num_hidden_layers": 7, "image_size": 16}
+    CLIPVisionModel(CLIPVisionConfig(**tower)).save_pretrained("clip")
+    names = {"InTIClipVisionConfig": InTIClipVisionConfig}
+    exec(choose.replace("openai/clip-vit-base-patch16", "clip"), names)
+    names["model"] = InTIClipForVideoClassification.from_pretrained("clip", config=names["config"])
+    load = 'model.load_trained_only("adapters")'
+    assert load in use  # of adapters that were merged before they were saved there are none to load
+    names["model"].save_trained_only("adapters")
+    exec(load, names)
+    exec("\n".join(line for line in use.splitlines() if "load_trained" not in line), names)
+    config = VideoMAEConfig(
+        hidden_size=12, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12, image_size=112, patch_size=8
+    )
+    VideoMAEForVideoClassification(config).save_pretrained("MCG-NJU/videomae-base-finetuned-kinetics")
+    exec(videomae, names)
 
 
 @pytest.mark.slow

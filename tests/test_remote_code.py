@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionModel
+from hf_inti.adaptation import ADAPTATIONS
+from hf_inti.compression import COMPRESSIONS
 
 
 STRANGER = """
@@ -27,9 +29,22 @@ if len(sys.argv) > 2:
 """
 
 
-def load_as_stranger(folder, *arguments, cache) -> None:
+ALL_METHODS = """
+import sys
+sys.modules["hf_inti"] = None
+import torch
+from pathlib import Path
+from transformers import AutoModelForVideoClassification
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = AutoModelForVideoClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.save(model(torch.ones(1, 8, 3, 32, 32)).logits, folder / "logits.pt")
+"""
+
+
+def load_as_stranger(folder, *arguments, cache, code: str = STRANGER) -> None:
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", STRANGER, str(folder), *map(str, arguments)]
+    command = [sys.executable, "-c", code, str(folder), *map(str, arguments)]
     done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -50,3 +65,19 @@ def test_loads_without_the_package(cls, tiny_config, tmp_path):
     with torch.no_grad():
         expected = model(pixel_values).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_every_method_loads_without_the_package(tiny_config, tmp_path):
+    expected = {}
+    methods = [(compression, "none") for compression in COMPRESSIONS] + [("inti", other) for other in ADAPTATIONS]
+    for compression, adaptation in methods:
+        model = InTIClipForVideoClassification(tiny_config(compression=compression, adaptation=adaptation)).eval()
+        name = f"{compression}-{adaptation}"
+        model.save_pretrained(tmp_path / "models" / name)
+        with torch.no_grad():
+            expected[name] = model(torch.ones(1, 8, 3, 32, 32)).logits
+    load_as_stranger(tmp_path / "models", cache=tmp_path, code=ALL_METHODS)
+    for name, logits in expected.items():
+        loaded = torch.load(tmp_path / "models" / name / "logits.pt")
+        torch.testing.assert_close(loaded, logits, rtol=0, atol=1e-6, msg=name)
