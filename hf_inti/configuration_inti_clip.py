@@ -29,8 +29,8 @@ class InTIClipVisionConfig(CLIPVisionConfig):
             Frames of a clip in training. The model takes any other number that the compression can halve; the video
             classification pipeline samples this many.
         compression (`str`, defaults to `"inti"`):
-            How frames or tokens become fewer: `"none"`, `"inti"`, `"linear_pooling"`, `"conv_pooling"`, `"tome"`, `"sta"`
-            or `"stts"`. With adaptation `"none"`, `"none"` is the papers' *Naive*.
+            How frames or tokens become fewer: `"none"`, `"inti"`, `"linear_pooling"`, `"conv_pooling"`, `"tome"`,
+            `"sta"` or `"stts"`. With adaptation `"none"`, `"none"` is the papers' *Naive*.
         compression_layers (`list[int]`, *optional*):
             After which blocks InTI or a pooling stands, counted from 1; 0 is before the first. Defaults to 5/12 and
             7/12 of the depth: 5, 7 for ViT-B and 10, 14 for ViT-L. The other compressions have places of their own.

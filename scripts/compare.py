@@ -1,87 +1,135 @@
 """Compare methods.
 
     python scripts/compare.py costs
+    python scripts/compare.py methods --help
 
 `costs` prints multiply-adds and parameters of the papers' models beside the published figures, counted on the meta
-device: 16 frames of 224 x 224, one clip, 400 classes.
+device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what follows to hf_inti.comparison.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+import os
+import sys
+
+
+# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
+sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
+
+from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
+from textwrap import fill
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipVisionConfig
 from hf_inti.costs import count_costs
+from hf_inti.published import REASONS, TABLES, TOWERS, VIDEOMAE, Table
+from hf_inti.recipes import run_script
+from hf_inti.videomae import apply_sta
 
 
-VIT_B16 = {"patch_size": 16}
-VIT_L14 = {
-    "patch_size": 14,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-}
-CUBES = ("local_mhra", "dwconv")
-# (tower, name in the paper, positions, published GFLOPs): Table 1, and the row of Table 4 without its temporal modules,
-# whose cost the paper does not give.
-TABLE_1 = [
-    ("ViT-B/16", "Naive", None, 281),
-    ("ViT-B/16", "InTI 3,5", [3, 5], 147),
-    ("ViT-B/16", "InTI 5,7", [5, 7], 182),
-    ("ViT-B/16", "InTI 7,9", [7, 9], 217),
-    ("ViT-L/14", "Naive", None, 1297),
-    ("ViT-L/14", "InTI 3,5", [6, 10], 650),
-    ("ViT-L/14", "InTI 5,7", [10, 14], 811),
-    ("ViT-L/14", "InTI 6,7 (Table 4)", [12, 14], None),
-    ("ViT-L/14", "InTI 7,9", [14, 18], 973),
-]
-NOTES = """
-GMACs: multiply-adds, which the paper calls FLOPs; norms, activations, softmax and the weighted sums are not counted.
-- local_mhra, the default, reads F_cube as UniFormerV2's local unit, twice, and lies within 0.5 of every published InTI
-  row. dwconv is Eq. 10 to the letter, one depth-wise 3x3x3 convolution: the published rows lie about 7 (B) and 17 (L)
-  GMACs above it, so the authors' F_cube is not this one layer.
-- ViT-L/14 Naive: 1296.2 counted, 1297 printed; with norms and the like (about 1.1 at 16 frames) it is 1297.3.
-- Table 4 names InTI 6,7 with temporal modules but gives latencies and no GFLOPs: ours is without those modules.
-- Parameters: the paper gives InTI-B with temporal modules 126 M (Table 2) and counts 118 for tokens alone, 121 with
-  cube, 121 with frame, 121 with global (Table 5a). Ours, on top of UniFormerV2's 114.55: 118.1, 121.3, 120.5 and 118.1,
-  together 123.7. Appendix B has only depth-wise convolutions in the global branch, so the published ones hold
-  2 C^2 per module that it does not describe: they are not here. Nor do the published 378 M of ViT-L follow from either.
+HEADS = ["model", "size", "reading", "GFLOPs", "GMACs", "diff", "M", "ours", "diff", "why"]
+INTRODUCTION = """\
+GFLOPs and M (millions of parameters) are the InTI paper's; GMACs and what follows M are ours: multiply-adds with
+attention's two products, without norms, activations, softmax and weighted sums. A reading is a configuration that the
+row may mean, the first the likeliest; temp is UniFormerV2's modules. Positions of L/14 are twice those named. Why
+differences above 0.5 remain is told below, under the name in the last column.
 """
 
 
-def costs() -> None:
-    """Print Table 1 of the InTI paper beside our counts."""
-    heads = ["tower", "model", "published"]
-    for cube in CUBES:
-        heads += [f"{cube} GMACs", "difference", "M params"]
-    rows = [heads]
-    for tower, name, layers, published in TABLE_1:
-        row = [tower, name, "-" if published is None else str(published)]
-        sizes = VIT_B16 if tower == "ViT-B/16" else VIT_L14
-        for cube in CUBES:
-            options = {"compression": "none"}
-            if layers is not None:
-                options = {"compression_layers": layers, "compression_options": {"cube": cube}}
-            total = count_costs(InTIClipVisionConfig(**sizes, **options, num_labels=400))["total"]
-            difference = "-" if published is None else f"{total.gmacs - published:+.1f}"
-            row += [f"{total.gmacs:.1f}", difference, f"{total.mparams:.1f}"]
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+def print_table(rows: list[list[str]], texts: set[int]) -> None:
+    """A Markdown table of `rows`, the first its heads; columns are aligned, those in `texts` to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for n, row in enumerate(rows):
-        cells = [cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i]) for i, cell in enumerate(row)]
+        cells = [cell.ljust(widths[i]) if i in texts else cell.rjust(widths[i]) for i, cell in enumerate(row)]
         print("| " + " | ".join(cells) + " |")
         if n == 0:
-            print("|" + "|".join("-" * (width + 1) + ("-" if i < 2 else ":") for i, width in enumerate(widths)) + "|")
-    config = InTIClipVisionConfig(**VIT_B16, num_labels=400)
-    print("\nInTI-B 5,7 by part:")
-    for part, cost in count_costs(config).items():
-        print(f"  {part:<16} {cost.gmacs:8.2f} GMACs  {cost.mparams:7.2f} M parameters")
-    print(NOTES)
+            lines = ["-" * (width + 1) + ("-" if i in texts else ":") for i, width in enumerate(widths)]
+            print("|" + "|".join(lines) + "|")
+    print(flush=True)
 
 
-COMMANDS = {"costs": costs}
+def beside(published: float | None, counted: float) -> list[str]:
+    """The cells of a published figure, ours, and the difference."""
+    if published is None:
+        return ["-", f"{counted:.1f}", "-"]
+    return [str(published), f"{counted:.1f}", f"{round(counted - published, 1) + 0.0:+.1f}"]  # + 0.0: no -0.0
+
+
+def rows_of(table: Table) -> list[list[str]]:
+    """A line for each reading of each row."""
+    lines = []
+    for row in table.rows:
+        first = [row.model, row.tower]
+        if not row.readings:
+            lines.append([*first, "", str(row.gflops), "-", "-", str(row.params), "-", "-", "not in this package"])
+        for reading in row.readings:
+            config = InTIClipVisionConfig(**TOWERS[row.tower], **reading.options, num_labels=table.num_labels)
+            total = count_costs(config)["total"]
+            cells = beside(row.gflops, total.gmacs) + beside(row.params, total.mparams)
+            lines.append([*first, reading.name, *cells, ", ".join(reading.reasons)])
+    return lines
+
+
+def videomae_gmacs(sizes: dict, rates: list[int]) -> list[float]:
+    """Multiply-adds and norms, in billions, of a VideoMAE on 16 x 224 x 224 with each r of STA.
+
+    Its paper counts with fvcore, which takes a LayerNorm for 5 operations an element, so this does too.
+    """
+    config = VideoMAEConfig(**sizes, intermediate_size=4 * sizes["hidden_size"], num_labels=400)
+    with torch.device("meta"):
+        # Eager attention, since the counter does not see inside every fused kernel.
+        model = VideoMAEForVideoClassification._from_config(config, attn_implementation="eager").eval()
+        model.requires_grad_(False)
+        pixel_values = torch.empty(1, config.num_frames, config.num_channels, config.image_size, config.image_size)
+    norms, counts = [], []
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda module, args, output: norms.append(5 * output.numel()))
+    for r in rates:
+        norms.clear()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            apply_sta(model, r=r)(pixel_values)
+        counts.append((counter.get_total_flops() / 2 + sum(norms)) / 1e9)
+    return counts
+
+
+def costs() -> None:
+    """Print the InTI paper's tables and Table 2 of the STA paper beside our counts."""
+    print(INTRODUCTION)
+    for table in TABLES:
+        print(f"{table.title}\n")
+        print_table([HEADS, *rows_of(table)], texts={0, 1, 2, 9})
+    print("Why:")
+    for name, reason in REASONS.items():
+        print(fill(f"- {name}: {reason}", width=120, subsequent_indent="  "))
+    print("\nTable 2 of the STA paper: VideoMAE, patches of 16, r tokens of a frame dropped at the first stage\n")
+    rows = [["model", "r", "GFLOPs", "GMACs", "diff"]]
+    for name, (sizes, published) in VIDEOMAE.items():
+        for (r, gflops), gmacs in zip(published.items(), videomae_gmacs(sizes, list(published)), strict=True):
+            rows.append([name, str(r), *beside(gflops, gmacs)])
+    print_table(rows, texts={0})
+    print("Norms are counted here as in that paper: 0.1 (S) to 0.7 (H). It rounds some figures and cuts others.")
+    print("\nInTI-B 5,7 by part\n")
+    parts = count_costs(InTIClipVisionConfig(**TOWERS["B/16"], num_labels=400)).items()
+    rows = [[part, f"{cost.gmacs:.2f}", f"{cost.mparams:.2f}"] for part, cost in parts]
+    print_table([["part", "GMACs", "M params"], *rows], texts={0})
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("costs", "methods"), help="What to compare.")
+    parser.add_argument("arguments", nargs=REMAINDER, help="Of methods.")
+    args = parser.parse_args()
+    if args.command == "methods":
+        from hf_inti.comparison import main as methods  # which needs much that costs does not
+
+        return methods(args.arguments)
+    if args.arguments:
+        parser.error(f"costs takes no arguments, got {' '.join(args.arguments)}.")
+    costs()
+    return 0
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS, help="What to compare.")
-    COMMANDS[parser.parse_args().command]()
+    run_script(main)

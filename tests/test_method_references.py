@@ -17,7 +17,7 @@ HEADS = 4
 
 @pytest.fixture
 def tower(tiny_config):
-    """A function that builds a tower with random weights everywhere; also its parameters as the references want them."""
+    """A function that builds a tower with random weights, and gives its parameters as the references want them."""
 
     def build(**options):
         config = tiny_config(hidden_size=24, intermediate_size=36, **options)

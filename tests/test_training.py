@@ -1,10 +1,7 @@
 """What the scripts are made of: recipes, optimiser groups, files that survive a kill, costs, pictures."""
 
 import os
-import runpy
-import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -28,8 +25,6 @@ from hf_inti.video_decoding import VideoDecodingError
 from hf_inti.visualization import aggregated_frames, cascaded_weights, confusion_matrix, figure4, training_curves
 
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
 ALL = [ModelArguments, DataArguments, TrainingArguments]
 REQUIRED = ["--model", "tower", "--train_dir", "videos", "--output_dir", "out"]
 L14 = {
@@ -39,7 +34,6 @@ L14 = {
     "num_attention_heads": 16,
     "patch_size": 14,
 }
-TOWERS = {"openai/clip-vit-base-patch16": {"patch_size": 16}, "openai/clip-vit-large-patch14": L14}
 
 
 # Recipes ------------------------------------------------------------------------------------------
@@ -124,26 +118,6 @@ def test_leading_values():
         parse_arguments(Some, ["model", "videos"], "", ["m"])
     with pytest.raises(ValueError, match="no setting 'sise', did you mean 'size'"):
         parse_arguments(Some, ["model", "videos"], "", ["m", "a", "--sise", "2"])
-
-
-def test_there_are_recipes():
-    assert len(RECIPES) >= 5
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_builds_its_model(path):
-    model, data, training = parse_recipe(ALL, [str(path), "--train_dir", "videos"])
-    assert 0 < training.learning_rate < 0.01 and 0 <= training.warmup_epochs < training.epochs
-    tower = TOWERS.get(model.model)
-    if tower is None:
-        assert path.stem == "demo"  # whose tower scripts/pretrain_demo_tower.py makes
-        tower = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-    config = InTIClipVisionConfig(**tower, **model.config_options())
-    with torch.device("meta"):
-        built = InTIClipForVideoClassification(config)
-    assert len(built.vision_model.compression.stages) == len(model.compression_layers)
-    header = path.read_text().split("\n\n")[0]
-    assert f"scripts/recipes/{path.name}" in header or path.stem == "demo"
 
 
 def test_only_what_was_given_goes_into_the_configuration():
@@ -358,17 +332,6 @@ def test_costs_by_hand():
 def test_costs_refuse_frames_that_cannot_be_halved(tiny_config):
     with pytest.raises(ValueError, match="got 6 frames"):
         count_costs(tiny_config(), num_frames=6)
-
-
-def test_compare_prints_all_rows(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["compare.py", "costs"])
-    runpy.run_path(str(SCRIPTS / "compare.py"), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines if "ViT-" in line]
-    rows = {(row[1], row[2]): row[3:] for row in rows if len(row) > 3}
-    assert len(rows) == 9
-    assert rows["ViT-B/16", "InTI 5,7"][:3] == ["182", "182.2", "+0.2"]
-    assert rows["ViT-B/16", "Naive"][1] == "281.0" and rows["ViT-L/14", "InTI 7,9"][:2] == ["973", "972.9"]
 
 
 # Pictures -----------------------------------------------------------------------------------------
