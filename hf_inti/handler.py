@@ -1,0 +1,138 @@
+"""Inference Endpoint handler for InTI-CLIP: in a model's repository it is called `handler.py`.
+
+Request: {"inputs": a video, "parameters": {"top_k": 5, "function_to_apply": "softmax"}}, or the bytes of a video as the
+body. The video is a URL (http or https), or base64, with or without "data:video/mp4;base64," in front.
+Answer: [{"label": ..., "score": ...}, ...], the best first.
+
+What a client can mend is a ValueError of one line, which Inference Endpoints send back with status 400.
+"""
+
+import base64
+import binascii
+import io
+import ipaddress
+import socket
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+import torch
+from transformers import AutoModelForVideoClassification, AutoProcessor
+
+
+REQUIREMENTS = "transformers>=5.17\ntorch>=2.11\nav>=16\n"  # requirements.txt beside handler.py
+MAX_BYTES = 64 * 2**20
+MAX_SECONDS = 600.0
+TIMEOUT = 30  # seconds for a download to say something
+FUNCTIONS = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda logits: logits,
+}
+
+
+def check_address(url: str) -> None:
+    """Raise a ValueError unless `url` is http(s) and leads out into the internet, not to this machine's own network."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"the URL must begin with http:// or https:// and name a host, got {url[:100]!r}.")
+    try:
+        places = {place[4][0] for place in socket.getaddrinfo(parts.hostname, None)}
+    except OSError:
+        raise ValueError(f"the host {parts.hostname!r} is not known; check the URL.") from None
+    if not all(ipaddress.ip_address(place.partition("%")[0]).is_global for place in places):
+        raise ValueError(f"the host {parts.hostname!r} is not on the public internet; send the video itself instead.")
+
+
+class _CheckedRedirects(HTTPRedirectHandler):
+    def redirect_request(self, request, *arguments):
+        redirected = super().redirect_request(request, *arguments)
+        if redirected is not None:
+            check_address(redirected.full_url)
+        return redirected
+
+
+def download(url: str) -> bytes:
+    """The body at `url`, at most `MAX_BYTES`."""
+    check_address(url)
+    try:
+        with build_opener(_CheckedRedirects).open(
+            Request(url, headers={"User-Agent": "hf_inti"}), timeout=TIMEOUT
+        ) as r:
+            body = r.read(MAX_BYTES + 1)
+    except (URLError, OSError) as error:  # an HTTP status, no connection, a time-out
+        reason = getattr(error, "code", None) or getattr(error, "reason", None) or type(error).__name__
+        raise ValueError(f"the video could not be downloaded ({reason}); check the URL, or send the video.") from None
+    return body
+
+
+def read_video(inputs: str | bytes) -> bytes:
+    """The bytes of the video that a request holds. Raises ValueError for anything else, and for too many bytes."""
+    if isinstance(inputs, (bytes, bytearray)):
+        body = bytes(inputs)
+    elif not isinstance(inputs, str):
+        kind = type(inputs).__name__
+        raise ValueError(f"inputs must be one video, as a URL, base64 text or bytes; got {kind}.")
+    elif urlsplit(inputs[:2000]).scheme in ("http", "https"):
+        body = download(inputs)
+    else:
+        text = inputs.partition("base64,")[2] if inputs.startswith("data:") else inputs
+        if len(text) > MAX_BYTES // 3 * 4 + 4:
+            raise ValueError(f"the video is larger than {MAX_BYTES // 2**20} MiB; send a shorter or smaller one.")
+        try:
+            body = base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError("inputs are neither a URL nor base64 of a video; encode the file's bytes.") from None
+    if not body:
+        raise ValueError("inputs are empty; send a video.")
+    if len(body) > MAX_BYTES:
+        raise ValueError(f"the video is larger than {MAX_BYTES // 2**20} MiB; send a shorter or smaller one.")
+    return body
+
+
+def check_duration(body: bytes) -> None:
+    """Raise a ValueError for a video that says that it is longer than `MAX_SECONDS`, or is none."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(body), "r") as container:
+            if not container.streams.video:
+                raise ValueError("the file holds no video; send one with a picture.")
+            seconds = (container.duration or 0) / av.time_base
+    except av.FFmpegError:
+        raise ValueError("the bytes are no video that can be read; send a whole mp4, webm, mov or avi file.") from None
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"the video is {seconds:.0f} s long, at most {MAX_SECONDS:.0f} are taken; cut it.")
+
+
+class EndpointHandler:
+    """Loads the model of the repository at `path` and answers requests."""
+
+    def __init__(self, path: str = ""):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        model = AutoModelForVideoClassification.from_pretrained(path, trust_remote_code=True, dtype=dtype)
+        self.model = model.to(self.device).eval()
+
+    def __call__(self, data: dict) -> list[dict]:
+        """Classify one video; raises ValueError, of one line, for what the client can mend."""
+        if not isinstance(data, dict) or "inputs" not in data:
+            raise ValueError('a request needs "inputs": a URL, base64 or bytes of a video.')
+        parameters = data.get("parameters") or {}
+        unknown = sorted(set(parameters) - {"top_k", "function_to_apply"}) if isinstance(parameters, dict) else ["?"]
+        if unknown:
+            raise ValueError(f"parameters may hold top_k and function_to_apply, got {parameters!r}.")
+        top_k, function = parameters.get("top_k", 5), parameters.get("function_to_apply", "softmax")
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"top_k must be a whole number from 1, got {top_k!r}.")
+        if function not in FUNCTIONS:
+            raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {function!r}.")
+        body = read_video(data["inputs"])
+        check_duration(body)
+        pixel_values = self.processor(body, return_tensors="pt")["pixel_values"]  # a damaged video is a ValueError
+        with torch.inference_mode():
+            logits = self.model(pixel_values=pixel_values.to(self.device, self.model.dtype)).logits[0].float().cpu()
+        scores, classes = FUNCTIONS[function](logits).topk(min(top_k, logits.shape[0]))
+        names = self.model.config.id2label
+        return [{"label": names[i], "score": s} for s, i in zip(scores.tolist(), classes.tolist(), strict=True)]
