@@ -1,13 +1,19 @@
-"""InTI (inter-frame token interpolation) for CLIP on video, for transformers."""
+"""InTI (inter-frame token interpolation) for CLIP on video, for transformers.
 
-from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # the top-level name needs torchvision
+Classes are loaded, and made known to transformers' Auto classes, when they are first used.
+"""
 
-from .configuration_inti_clip import InTIClipVisionConfig
-from .modeling_inti_clip import InTIClipForVideoClassification, InTIClipVisionModel
-from .video_decoding import VideoDecodingError
-from .video_processing_inti_clip import InTIClipVideoProcessor
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+from .auto_registration import register, register_when_used
+
+
+if TYPE_CHECKING:
+    from .configuration_inti_clip import InTIClipVisionConfig
+    from .modeling_inti_clip import InTIClipForVideoClassification, InTIClipVisionModel
+    from .video_decoding import VideoDecodingError
+    from .video_processing_inti_clip import InTIClipVideoProcessor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,13 +24,23 @@ __all__ = [
     "VideoDecodingError",
 ]
 
-AutoConfig.register(InTIClipVisionConfig.model_type, InTIClipVisionConfig)
-AutoModel.register(InTIClipVisionConfig, InTIClipVisionModel)
-AutoModelForVideoClassification.register(InTIClipVisionConfig, InTIClipForVideoClassification)
-AutoVideoProcessor.register(InTIClipVisionConfig, InTIClipVideoProcessor)
+_MODULES = {
+    "InTIClipForVideoClassification": "modeling_inti_clip",
+    "InTIClipVideoProcessor": "video_processing_inti_clip",
+    "InTIClipVisionConfig": "configuration_inti_clip",
+    "InTIClipVisionModel": "modeling_inti_clip",
+    "VideoDecodingError": "video_decoding",
+}
 
-# So that what is saved carries the code that loads it where this package is not installed.
-InTIClipVisionConfig.register_for_auto_class()
-InTIClipVisionModel.register_for_auto_class("AutoModel")
-InTIClipForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
-InTIClipVideoProcessor.register_for_auto_class()
+register_when_used()
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register()
+    return globals().setdefault(name, getattr(import_module(f".{_MODULES[name]}", __name__), name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

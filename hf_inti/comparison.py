@@ -5,35 +5,30 @@
 Every run is a process of scripts/train.py with the recipe, then the comparison's overrides, then flags of train.py
 given here, then the method's own settings: the later wins. Killed or stopped, the same command goes on where it was.
 In output_dir it leaves comparison.md, comparison.csv, comparison.png, and for every method the runs (seed_0/ ...,
-with log.txt) and measurement.json.
+with log.txt) and the measurements.
 """
 
 import json
-import os
-import runpy
-import subprocess
 import sys
-import threading
-import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from .comparison_measure import conditions, measure
+from .comparison_measure import conditions
+from .comparison_processes import ROOT, Job, read_json, work_off, write_json
 from .comparison_report import write_report
-from .recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe, run_script
+from .recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe
 from .training import FREE_SETTINGS, build_model
 
 
-ROOT = Path(__file__).parents[1]
 TRAINING_CLASSES = [ModelArguments, DataArguments, TrainingArguments]
 DECIDED = ("seed", "output_dir", "resume")  # of train.py's settings, by the comparison
 OPEN = {f.name for c in TRAINING_CLASSES for f in fields(c)} - {*DECIDED}
-LOG_LINES = 20  # of a failed run, that are shown
+ROUNDS = 3  # of measurements
 
 
 @dataclass
@@ -53,8 +48,8 @@ class ComparisonArguments:
     measure_batch_size: int | None = field(
         default=None, metadata={"help": "Clips in a batch when speed and memory are measured; default: the recipe's."}
     )
-    train_script: str = field(
-        default=str(ROOT / "scripts" / "train.py"), metadata={"help": "Where train.py lies; default: beside hf_inti."}
+    train_script: str | None = field(
+        default=None, metadata={"help": "Where train.py lies; default: in scripts, beside the package."}
     )
 
     def __post_init__(self):
@@ -73,6 +68,7 @@ class ComparisonArguments:
         for name in ("jobs", "measure_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.train_script = self.train_script or str(ROOT / "scripts" / "train.py")
         if not Path(self.train_script).is_file():
             raise ValueError(f"there is no {self.train_script}; give scripts/train.py of the repository.")
 
@@ -93,17 +89,6 @@ class Run(NamedTuple):
     def result(self) -> dict | None:
         """The last evaluation of a finished run."""
         return read_json(self.folder / "result.json")
-
-
-def read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def write_json(path: Path, values: dict) -> None:
-    """At once: an interruption leaves the whole file or none."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -167,107 +152,53 @@ def check_settings(run: Run) -> None:
             )
 
 
-def start(arguments: list[str], threads: int, log) -> subprocess.Popen:
-    """A process of this module that ends when we do, however we do."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONSAFEPATH": "1",  # in scripts/, evaluate.py would be taken for the package of that name
-        "TQDM_MININTERVAL": "30",  # logs are for reading
-    }
-    command = [sys.executable, "-m", "hf_inti.comparison", *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-
-def end_with_parent() -> None:
-    """End this process when its standard input is closed: the parent holds the other end, and does nothing else."""
-
-    def wait():
-        os.read(0, 1)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def fail(what: str, log: Path):
-    """Raise a ValueError with the last line of a log, after showing some more of them."""
-    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    print(f"The end of {log}:", *lines[-LOG_LINES:], sep="\n  ", file=sys.stderr)
-    last = lines[-1].removeprefix("error: ") if lines else "it printed nothing"
-    raise ValueError(f"{what} failed: {last} (all of it in {log})")
-
-
-def work_off(jobs: list[tuple[str, list[str], Path, Path]], at_a_time: int, description: str, tell) -> None:
-    """Run processes, `at_a_time` at once; each job is what it is, its arguments, its log and the file that ends it.
-
-    `tell(bar, job)` is called for each that is done. Raises ValueError when one fails; none goes on after that.
-    """
-    bar = tqdm(total=len(jobs), desc=description, unit="run")
-    waiting, running = [], []
-    for job in jobs:
-        if job[3].exists():
-            bar.update()
-        else:
-            waiting.append(job)
-    threads = max(1, torch.get_num_threads() // at_a_time)
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_a_time:
-                job = waiting.pop(0)
-                job[2].parent.mkdir(parents=True, exist_ok=True)
-                with job[2].open("a") as log:
-                    running.append((job, start(job[1], threads, log)))
-            time.sleep(0.1)
-            for job, process in [pair for pair in running if pair[1].poll() is not None]:
-                running.remove((job, process))
-                process.stdin.close()
-                if process.returncode != 0:
-                    fail(job[0], job[2])
-                tell(bar, job)
-                bar.update()
-    finally:
-        for _, process in running:
-            process.kill()
-            process.wait()
-            process.stdin.close()
-        bar.close()
-
-
 def train_all(runs: list[Run], args: ComparisonArguments) -> None:
     """Train what is not trained, and leave a result.json in the folder of each run."""
     by_folder = {run.folder: run for run in runs}
 
-    def tell(bar, job) -> None:
-        run = by_folder[job[3].parent]
+    def done(job: Job) -> str:
+        run = by_folder[job.output.parent]
+        for file in run.folder.parent.glob("measurement_*.json"):
+            file.unlink()  # of an earlier model
         lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
         result = [line for line in lines if "eval_top1" in line][-1]
-        write_json(job[3], result)
-        bar.write(f"{run}: top-1 {result['eval_top1']:.1%}")
+        write_json(job.output, result)
+        return f"{run}: top-1 {result['eval_top1']:.1%}"
 
     jobs = [
-        (str(run), ["train", args.train_script, *run.command], run.folder / "log.txt", run.folder / "result.json")
+        Job(str(run), [args.train_script, *run.command], run.folder / "log.txt", run.folder / "result.json")
         for run in runs
     ]
-    work_off(jobs, args.jobs, "Training", tell)
+    work_off(jobs, args.jobs, torch.get_num_threads(), "Training", done)
 
 
 def measure_all(runs: list[Run], args: ComparisonArguments) -> dict[str, dict]:
-    """Measure the models of the first seed, one after the other: measurements by method."""
-    jobs, files = [], {}
-    for run in runs:
-        if run.seed != args.seeds[0]:
-            continue
-        folder = run.folder.parent
-        files[run.method] = folder / "measurement.json"
-        batch_size = args.measure_batch_size or run.parsed[2].batch_size
-        found = read_json(files[run.method])
-        if found and found["conditions"] != conditions(batch_size, torch.get_num_threads()):
-            files[run.method].unlink()  # of another machine, say: speeds are compared under the same conditions
-        arguments = ["measure", str(run.folder / "last"), str(batch_size), str(files[run.method])]
-        jobs.append((f"measuring {run.method}", arguments, folder / "measurement_log.txt", files[run.method]))
-    work_off(jobs, 1, "Measuring", lambda bar, job: None)
-    return {method: read_json(file) for method, file in files.items()}
+    """Measure the models of the first seed, one process after the other: measurements by method.
+
+    The methods take turns, so that a machine that is slow for a while is not slow for one of them: of every number
+    the median of the rounds counts.
+    """
+    first = [run for run in runs if run.seed == args.seeds[0]]
+    threads = torch.get_num_threads()
+    jobs = []
+    for i in range(ROUNDS):
+        for run in first:
+            folder = run.folder.parent
+            batch_size = args.measure_batch_size or run.parsed[2].batch_size
+            output = folder / f"measurement_{i}.json"
+            found = read_json(output)
+            if found and found["conditions"] != conditions(batch_size, threads):
+                output.unlink()  # of another machine, say: speeds are compared under the same conditions
+            command = ["hf_inti.comparison_measure", str(run.folder / "last"), str(batch_size), str(output)]
+            jobs.append(Job(f"{run.method}, round {i + 1}", command, folder / "measurement_log.txt", output))
+    work_off(jobs, 1, threads, "Measuring", lambda job: f"{job.name}: measured")
+    measurements = {}
+    for run in first:
+        rounds = [read_json(run.folder.parent / f"measurement_{i}.json") for i in range(ROUNDS)]
+        numbers = {name: [found[name] for found in rounds] for name in rounds[0] if name != "conditions"}
+        medians = {name: None if None in values else median(values) for name, values in numbers.items()}
+        measurements[run.method] = {**medians, "conditions": rounds[0]["conditions"]}
+    return measurements
 
 
 def main(arguments: list[str]) -> int:
@@ -294,13 +225,3 @@ def main(arguments: list[str]) -> int:
     about = f"{args.recipe}, {training.epochs} epochs, trained on {data.train_dir}, evaluated on {data.eval_dir}"
     print(write_report(results, measurements, args.seeds, about, Path(args.output_dir)))
     return 0
-
-
-if __name__ == "__main__":  # one of our own processes
-    end_with_parent()
-    task, *rest = sys.argv[1:]
-    if task == "measure":
-        model, batch_size, output = rest
-        run_script(lambda: write_json(Path(output), measure(Path(model), int(batch_size))))
-    sys.argv = rest
-    runpy.run_path(rest[0], run_name="__main__")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -11,15 +12,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch.nn.functional import cross_entropy
 
+from .comparison_processes import write_json
 from .costs import count_costs
 from .modeling_inti_clip import InTIClipForVideoClassification
-from .recipes import TrainingArguments
+from .recipes import TrainingArguments, run_script
 from .training import build_optimizer
 
 
 WARM_UP = 3  # repetitions that do not count
 REPETITIONS = (5, 40)  # at least, and at most
-SECONDS = 15.0  # after which no more are begun, beyond the least
+SECONDS = 10.0  # after which no more are begun, beyond the least
 
 
 def conditions(batch_size: int, threads: int) -> dict:
@@ -122,3 +124,8 @@ def measure(folder: Path, batch_size: int) -> dict:
         **{f"{name}_clips_per_second": batch_size / median(values) for name, values in times.items()},
         "peak_memory_bytes": peak,
     }
+
+
+if __name__ == "__main__":  # as comparison.py starts it
+    model, clips_in_batch, output = sys.argv[1:]
+    run_script(lambda: write_json(Path(output), measure(Path(model), int(clips_in_batch))))

@@ -73,9 +73,9 @@ def notes(conditions: list[dict], seeds: list[int], about: str) -> str:
         f"{about}.\n"
         f"Top-1 after the last epoch, one view: mean ± standard deviation of seeds {' '.join(map(str, seeds))}.\n"
         "GMACs: multiply-adds of one clip; norms, activations and softmax are not counted.\n"
-        f"Speed: median over random clips in batches of {' or '.join(map(str, sizes))}, on {first['device']}, "
-        f"{first['threads']} threads, torch {first['torch']}. Training is forward, backward and the optimiser's step; "
-        f"peak memory is that of training, {memory}.\n"
+        f"Speed: medians, the methods in turns, on random clips in batches of {' or '.join(map(str, sizes))}, on "
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}.\n"
+        f"Training is forward, backward and the optimiser's step; peak memory is that of training, {memory}.\n"
     )
 
 

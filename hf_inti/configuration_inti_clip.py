@@ -165,3 +165,6 @@ class InTIClipVisionConfig(CLIPVisionConfig):
             )
         names = {f.name for f in fields(CLIPVisionConfig)} - {f.name for f in fields(PreTrainedConfig)}
         return cls(**{**{name: values[name] for name in names if name in values}, **options})
+
+
+InTIClipVisionConfig.register_for_auto_class()  # what is saved carries the code that loads it elsewhere

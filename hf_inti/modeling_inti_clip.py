@@ -419,3 +419,8 @@ class InTIClipForVideoClassification(InTIClipPreTrainedModel):
                 f"got label {outside[0].item()}, but this model has {self.num_labels} classes (0 to "
                 f"{self.num_labels - 1}); correct the labels, or load the model with a larger num_labels."
             )
+
+
+# What is saved carries the code that loads it where this package is not installed.
+InTIClipVisionModel.register_for_auto_class("AutoModel")
+InTIClipForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")

@@ -442,3 +442,6 @@ def _to_rgb(frame, axis=None):
     if frame.dtype != torch.uint8:
         raise ValueError(f"frames must be uint8, or float in [0, 1], got {frame.dtype}; convert them")
     return frame[:3].expand(3, -1, -1)
+
+
+InTIClipVideoProcessor.register_for_auto_class()  # what is saved carries the code that loads it elsewhere

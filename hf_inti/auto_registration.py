@@ -1,0 +1,86 @@
+"""Makes transformers' Auto classes know this package's, without loading either before one is used.
+
+transformers loads its modelling code when it is first asked for, and takes longer over that than over everything else
+that an import of this package does. So nothing is registered until a class of this package is touched, or one of the
+Auto classes is asked to load something.
+"""
+
+import sys
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+
+
+# The classes through which every loading begins, by the modules that define them.
+ENTRANCES = {
+    "transformers.models.auto.configuration_auto": ("AutoConfig", ("from_pretrained", "for_model")),
+    "transformers.models.auto.video_processing_auto": ("AutoVideoProcessor", ("from_pretrained",)),
+}
+_done = False
+
+
+def register() -> None:
+    """Register the package's classes with AutoConfig, AutoModel, AutoModelForVideoClassification, AutoVideoProcessor."""
+    global _done
+    if _done:
+        return
+    _done = True
+    from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # at the top it needs torchvision
+
+    from .configuration_inti_clip import InTIClipVisionConfig
+    from .modeling_inti_clip import InTIClipForVideoClassification, InTIClipVisionModel
+    from .video_processing_inti_clip import InTIClipVideoProcessor
+
+    AutoConfig.register(InTIClipVisionConfig.model_type, InTIClipVisionConfig)
+    AutoModel.register(InTIClipVisionConfig, InTIClipVisionModel)
+    AutoModelForVideoClassification.register(InTIClipVisionConfig, InTIClipForVideoClassification)
+    AutoVideoProcessor.register(InTIClipVisionConfig, InTIClipVideoProcessor)
+
+
+def _register_first(auto_class: type, method: str) -> None:
+    """Let `auto_class.method`, a class or static method, register our classes before it does its work."""
+    original = vars(auto_class)[method]
+    kind, function = type(original), original.__func__
+
+    @wraps(function)
+    def with_ours(*args, **kwargs):
+        register()
+        return function(*args, **kwargs)
+
+    setattr(auto_class, method, kind(with_ours))
+
+
+class _AutoFinder(MetaPathFinder):
+    """Finds the modules of `ENTRANCES` as ever, and sees to their classes when they are loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in ENTRANCES:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        execute = spec.loader.exec_module
+
+        def execute_and_prepare(module):
+            execute(module)
+            _prepare(module)
+
+        spec.loader.exec_module = execute_and_prepare
+        return spec
+
+
+def _prepare(module) -> None:
+    auto_class, methods = ENTRANCES[module.__name__]
+    for method in methods:
+        _register_first(getattr(module, auto_class), method)
+
+
+def register_when_used() -> None:
+    """To be called once, when the package is imported."""
+    for name in ENTRANCES:
+        if name in sys.modules:
+            _prepare(sys.modules[name])
+    sys.meta_path.insert(0, _AutoFinder())

@@ -1,0 +1,319 @@
+"""The comparison of methods from end to end, killed and gone on with, and what it refuses."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from matplotlib.transforms import Bbox
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from conftest import write_video
+from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, comparison, comparison_processes
+from hf_inti.comparison import main
+from hf_inti.comparison_processes import Job, read_json, work_off
+from hf_inti.comparison_report import HEADS, write_report
+from hf_inti.costs import count_costs
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = "import sys; from hf_inti.recipes import run_script; from hf_inti.comparison import main; "
+SCRIPT += "run_script(lambda: main(sys.argv[1:]))"
+DONE = ("result.json", "measurement_*.json")
+RUNS = [(method, seed) for seed in (0, 1) for method in ("Naive", "InTI")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tower, videos of two classes, a recipe and the configuration of a comparison."""
+    folder = tmp_path_factory.mktemp("comparison")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(folder / "tower")
+    for split, count in (("train", 4), ("test", 3)):
+        for k, label in enumerate(("a", "b")):
+            for i in range(count):
+                write_video(folder / "videos" / split / label / f"{i}.mp4", frames=6, seed=10 * k + i)
+    recipe = {"model": str(folder / "tower"), "num_frames": 4, "compression_layers": [1], "train_dir": "absent"}
+    recipe |= {"epochs": 2, "batch_size": 4, "learning_rate": 0.001, "output_dir": "unused", "log_every_steps": 1}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    config = {
+        "recipe": str(folder / "recipe.yaml"),
+        "output_dir": str(folder / "out"),
+        "overrides": {"train_dir": str(folder / "videos"), "epochs": 1},
+        "methods": {"Naive": {"compression": "none"}, "InTI": {"compression_options": {"context": ["cube"]}}},
+        "seeds": [0, 1],
+        "jobs": 2,
+    }
+    (folder / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return folder
+
+
+def arguments(folder, *flags):
+    return ["--config", str(folder / "compare.yaml"), "--eval_dir", str(folder / "videos"), *flags]
+
+
+def children(process) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def running(pid) -> bool:
+    """A process that has ended but that nobody waits for may stay as a zombie."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def wait_for(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def compared(folder):
+    """The finished comparison: killed in the second runs, stopped while measuring, and gone on with.
+
+    Returns its folder, the times of the files that were there before the last start, and what that printed.
+    """
+    out = folder / "out"
+    variables = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments(folder)], env={**os.environ, **variables}) as first:
+        wait_for(lambda: first.poll() is not None or list(out.glob("*/seed_0/result.json")))
+        wait_for(lambda: first.poll() is not None or len(children(first)) == 2)
+        left = children(first)
+        first.kill()
+    wait_for(lambda: not any(map(running, left)), 20)
+    assert len(left) == 2 and not (out / "InTI" / "seed_1" / "result.json").exists()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(comparison, "ROUNDS", 2)
+        patch.setattr(torch, "get_num_threads", lambda: 1)
+        sleep = time.sleep
+
+        def stop(seconds):
+            if (out / "Naive" / "measurement_0.json").exists():
+                signal.raise_signal(signal.SIGINT)
+            sleep(seconds)
+
+        begun = []
+        start = comparison_processes.start
+        patch.setattr(comparison_processes, "start", lambda *job: begun.append(start(*job)) or begun[-1])
+        with pytest.MonkeyPatch.context() as interruption, contextlib.redirect_stderr(io.StringIO()) as error:
+            interruption.setattr(comparison_processes.time, "sleep", stop)
+            assert main(arguments(folder)) == 130
+        assert error.getvalue().splitlines()[-1] == "Stopped; the same command goes on from here."
+        assert len(begun) >= 3 and all(process.returncode is not None for process in begun)
+        assert not (out / "comparison.md").exists()
+
+        times = {path: path.stat().st_mtime_ns for pattern in DONE for path in out.rglob(pattern)}
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert main(arguments(folder)) == 0
+    return out, times, printed.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="watches processes through /proc")
+class TestCompared:
+    def test_nothing_is_done_twice(self, compared):
+        out, times, _ = compared
+        assert len(times) >= 4 + 1
+        assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+        for method, seed in RUNS:
+            lines = map(json.loads, (out / method / f"seed_{seed}" / "metrics.jsonl").read_text().splitlines())
+            assert [line["step"] for line in lines] == [1, 2, 2] and not list((out / method).rglob("*.part"))
+
+    def test_table_agrees_with_the_runs(self, compared):
+        out, _, printed = compared
+        with (out / "comparison.csv").open(newline="") as file:
+            rows = {row["method"]: row for row in csv.DictReader(file)}
+        text = (out / "comparison.md").read_text()
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+        assert printed.strip() == text.strip()
+        assert lines[0] == HEADS and [line[0] for line in lines[2:]] == list(rows) == ["Naive", "InTI"]
+        for line in lines[2:]:
+            method, row = line[0], rows[line[0]]
+            scores = []
+            for seed in (0, 1):
+                run = out / method / f"seed_{seed}"
+                settings = json.loads((run / "run.json").read_text())["arguments"]
+                assert settings["TrainingArguments"]["seed"] == seed and settings["TrainingArguments"]["epochs"] == 1
+                assert settings["DataArguments"]["train_dir"] == str(out.parent / "videos")
+                last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+                scores.append(last["eval_top1"])
+            assert [float(score) for score in row["top1_of_seeds"].split()] == scores
+            assert float(row["top1"]) == pytest.approx(mean(scores))
+            assert float(row["top1_std"]) == pytest.approx(stdev(scores))
+            assert line[1] == f"{100 * mean(scores):.1f} ± {100 * stdev(scores):.1f}"
+            config = InTIClipVisionConfig.from_pretrained(out / method / "seed_0" / "last")
+            assert (config.compression, config.compression_options) == (
+                ("none", {}) if method == "Naive" else ("inti", {"context": ["cube"]})
+            )
+            total = count_costs(config)["total"]
+            assert float(row["gmacs"]) == pytest.approx(total.gmacs)
+            assert float(row["parameters"]) == float(row["trained_parameters"]) == total.parameters
+            measured = [read_json(out / method / f"measurement_{i}.json") for i in range(2)]
+            for name in ("forward_clips_per_second", "training_clips_per_second", "peak_memory_bytes"):
+                assert float(row[name]) == mean(m[name] for m in measured) > 0
+            assert float(row["forward_clips_per_second"]) > float(row["training_clips_per_second"])
+            assert float(row["peak_memory_bytes"]) < 1e9  # the process as a whole takes less
+        assert "batches of 4, on cpu: " in text and f"1 threads, torch {torch.__version__}" in text
+        assert "recipe.yaml, 1 epochs" in text and "seeds 0 1." in text
+
+    def test_picture(self, compared):
+        picture = (compared[0] / "comparison.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10000
+
+    @pytest.mark.parametrize(
+        ("flags", "wanted"),
+        [
+            (["--learning_rate", "1e-2"], "Naive: seed 0 was trained with learning_rate = 0.001, and now it is 0.01; "),
+            (["--methods", '{"InTI": {}}'], "InTI: seed 0 was trained with compression_options = "),
+        ],
+    )
+    def test_other_settings_are_refused(self, compared, folder, flags, wanted):
+        with pytest.raises(ValueError) as error:
+            main(arguments(folder, *flags))
+        assert str(error.value).startswith(wanted) and "another --output_dir" in str(error.value)
+
+
+@pytest.mark.slow
+def test_failing_run_shows_its_log(folder, tmp_path, capsys):
+    flags = ("--output_dir", str(tmp_path), "--train_dir", str(tmp_path / "no"), "--jobs", "1")
+    with pytest.raises(ValueError) as error:
+        main(arguments(folder, *flags))
+    log = tmp_path / "Naive" / "seed_0" / "log.txt"
+    assert f"The end of {log}:\n" in capsys.readouterr().err
+    message = str(error.value)
+    assert message.startswith("Naive, seed 0 failed: ") and message.endswith(f"(all of it in {log})")
+    assert "no such file or folder" in message and "no such file or folder" in log.read_text()
+    assert not (tmp_path / "InTI").exists()
+
+
+# Without training ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--methods", "{}"], "methods must map names to settings"),
+        (["--methods", '{"a/b": {}}'], "the method 'a/b' names a folder"),
+        (["--methods", '{"A": {"seed": 1}}'], "A: seed is not for a method to set"),
+        (["--methods", '{"A": {"num_frames": null}}'], "A: num_frames has no value"),
+        (["--methods", '{"A": {"lerning_rate": 1}}'], "A: there is no setting 'lerning_rate', did you mean"),
+        (["--methods", '{"A": {"compression": "tom"}}'], "A: compression must be one of none, inti"),
+        (["--methods", '{"A": {"compression_options": {"cub": 1}}}'], "A: InTICompression has no option 'cub'"),
+        (["--num_frames", "5"], "InTI: got 5 frames"),
+        (["--epochs", "many"], "Naive: argument --epochs: invalid int value: 'many'"),
+        (["--seed", "1"], "there is no setting 'seed', did you mean 'seeds'?"),
+        (["--seeds", "1", "1"], "seeds must be different"),
+        (["--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["--train_script", "absent.py"], "there is no absent.py; give scripts/train.py"),
+        (["--recipe", "absent.yaml"], "there is no recipe absent.yaml"),
+    ],
+)
+def test_wrong_settings_read_well(folder, tmp_path, flags, wanted):
+    with pytest.raises(ValueError) as error:
+        main(arguments(folder, "--output_dir", str(tmp_path / "out"), *flags))
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_is_needed(folder):
+    with pytest.raises(ValueError, match="Naive: there is nothing to compare by: give eval_dir"):
+        main(["--config", str(folder / "compare.yaml"), "--output_dir", "absent"])
+
+
+def test_jobs_end_with_the_first_that_fails(tmp_path):
+    """And no more than so many run at a time, each with its share of the threads."""
+    (tmp_path / "job.py").write_text(
+        "import os, sys, time\nname, output = sys.argv[1:]\nprint(os.environ['OMP_NUM_THREADS'], flush=True)\n"
+        "if name == 'bad':\n    time.sleep(0.5)\n    sys.exit('error: it is bad')\n"
+        "if name == 'long':\n    time.sleep(60)\nopen(output, 'w').close()\n"
+    )
+    names = ["done", "good", "long", "bad", "never"]
+    jobs = [Job(name, [str(tmp_path / "job.py"), name, str(tmp_path / f"{name}.out")],
+                tmp_path / f"{name}.log", tmp_path / f"{name}.out") for name in names]  # fmt: skip
+    jobs[0].output.touch()
+    told = []
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="^bad failed: it is bad"):
+        work_off(jobs, 2, 6, "Jobs", lambda job: told.append(job.name) or job.name)
+    assert time.monotonic() - begun < 30 and told == ["good"]
+    assert (tmp_path / "good.log").read_text() == "3\n"
+    assert not any((tmp_path / name).exists() for name in ("done.log", "long.out", "never.log"))
+
+
+def report(tmp_path, scores, **changed):
+    numbers = {"gmacs": 2.0, "parameters": 3e6, "trained_parameters": 1e6, "peak_memory_bytes": 4e6}
+    numbers |= {"forward_clips_per_second": 20.0, "training_clips_per_second": 5.0, **changed}
+    conditions = {"batch_size": 8, "device": "cuda: some GPU", "threads": 1, "torch": "2"}
+    results = {"A": [{"eval_top1": score} for score in scores]}
+    text = write_report(
+        results, {"A": {**numbers, "conditions": conditions}}, list(range(len(scores))), "About", tmp_path
+    )
+    assert "all that was allocated" in text and (tmp_path / "comparison.png").exists()
+    return [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
+
+
+def test_report_of_seeds(tmp_path):
+    assert report(tmp_path, [0.5, 0.7, 0.6]) == ["A", "60.0 ± 10.0", "2", "3", "1", "20", "5", "4"]
+    row = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))[0]
+    assert (row["top1"], row["top1_std"], row["top1_of_seeds"]) == ("0.6", str(stdev([0.5, 0.7, 0.6])), "0.5 0.7 0.6")
+
+
+def test_report_of_one_seed_and_unknown_memory(tmp_path):
+    assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "2", "3", "1", "20", "5", "-"]
+
+
+def test_names_in_the_picture_do_not_overlap(tmp_path, monkeypatch):
+    """Twelve methods, most of them close together."""
+    from hf_inti import comparison_report
+
+    boxes, place = [], comparison_report.place
+    monkeypatch.setattr(comparison_report, "place", lambda *args: boxes.append(place(*args)) or boxes[-1])
+    rows = [
+        {"method": f"Method number {i}", "gmacs": 100 + i % 4, "top1": 0.5 + 0.01 * (i // 4), "top1_std": 0.01}
+        for i in range(11)
+    ]
+    rows.append({"method": "Far away", "gmacs": 200, "top1": 0.1, "top1_std": 0.05})
+    comparison_report.accuracy_picture(rows, tmp_path / "picture.png")
+    assert len(boxes) == 12 and all(isinstance(box, Bbox) for box in boxes)
+    pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
+    assert sum(a.overlaps(b) for a, b in pairs) == 0
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("adaptation", ["zeroi2v", "aim"])
+def test_trained_parameters_of_adapters(adaptation, folder, tmp_path):
+    """Of a model as training leaves it, they are those that training changed."""
+    from hf_inti.comparison_measure import measure
+
+    options = {"num_frames": 4, "compression": "none", "adaptation": adaptation}
+    config = InTIClipVisionConfig.from_clip(str(folder / "tower"), **options)
+    model = InTIClipForVideoClassification(config)
+    model.save_pretrained(tmp_path)
+    arguments = {"TrainingArguments": {"output_dir": "unused"}, "ModelArguments": {"activation_checkpointing": False}}
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": arguments}))
+    found = measure(tmp_path, batch_size=2)
+    adapters = sum(p.numel() for p in model.vision_model.adaptation.parameters())
+    assert adapters < found["trained_parameters"] < 0.5 * found["parameters"]
