@@ -7,6 +7,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hf_inti" / "__init__.py").read_text())[1]
 TRAIN = ["kornia>=0.9", "matplotlib>=3.9", "pyyaml>=6"]
+DEMO = ["gradio>=6.31,<7", "matplotlib>=3.9", "pyyaml>=6"]
 
 setup(
     name="hf_inti",
@@ -30,6 +31,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "test": [*TRAIN, "pytest>=9", "ruff>=0.15"],
+        "demo": DEMO,
+        "test": [*TRAIN, *DEMO, "peft>=0.21", "pytest>=9", "ruff>=0.15", "selenium>=4.40"],
     },
 )

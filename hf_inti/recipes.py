@@ -141,6 +141,8 @@ class TrainingArguments:
     checkpoint_every_steps: int | None = _help("Write one after every so many optimiser steps.")
     resume: bool = _help("Go on from the newest checkpoint in output_dir, in the middle of an epoch too.", False)
     log_every_steps: int = _help("Write loss and learning rate after every so many optimiser steps.", 10)
+    push_to_hub: str | None = _help("Push the best model (without evaluation the last) to this repository: user/name.")
+    hub_private: bool = _help("Make that repository private, if it is new.", False)
     report_to: str | None = _help("A tracker that Accelerate knows, such as tensorboard or wandb, or all.")
 
     def __post_init__(self):

@@ -260,10 +260,12 @@ FREE_SETTINGS = {
     "checkpoint_every_epochs",
     "checkpoint_every_steps",
     "eval_batch_size",
+    "hub_private",
     "log_every_steps",
     "num_workers",
     "on_bad_video",
     "output_dir",
+    "push_to_hub",
     "report_to",
     "resume",
 }

@@ -117,6 +117,32 @@ def token_pictures(frames: torch.Tensor, source: torch.Tensor, path: Path, title
     figure.savefig(path, dpi=120)
 
 
+def draw_compression(outputs, frames: torch.Tensor, patch_size: int, path, title: str = "") -> str | None:
+    """Draw what a compression did to one clip: `figure4` of merged frames, or `token_pictures` of merged or lost tokens.
+
+    Args:
+        outputs: the model's, of one clip, with `output_interpolation_weights=True, output_token_source=True`.
+        frames: (T, 3, H, W) in [0, 1], what the model saw before normalisation; UniFormerV2 may have halved them.
+        patch_size: of the model.
+        path: the PNG to write, or a file.
+
+    Returns a sentence that says what is to be seen; draws nothing and returns None where nothing changed.
+    """
+    if outputs.interpolation_weights:
+        weights = cascaded_weights(outputs.interpolation_weights)[0, :, 1:].float().cpu()  # (T', N)
+        shown = frames[:: len(frames) // len(weights)]
+        merged = outputs.interpolation_weights[-1].shape[1]
+        figure4(shown, weights.unflatten(1, (frames.shape[-2] // patch_size, -1)), merged, path, title)
+        return f"{len(shown)} frames, the weights of their patches, and {merged} frames summed with these weights."
+    if outputs.token_source is None:
+        return None
+    source = outputs.token_source[0].cpu()  # (T', 1 + N)
+    if torch.equal(source, torch.arange(source.shape[1]).expand_as(source)):
+        return None
+    token_pictures(frames[:: len(frames) // len(source)], source, path, title)
+    return "The frames, and what is left: each patch as the mean of its token, white where it was dropped."
+
+
 def confusion_matrix(counts, label_names: list[str], path: Path) -> None:
     """Draw counts (K, K), rows the true classes, as shares of each row; labelled where they can be read."""
     from matplotlib.figure import Figure

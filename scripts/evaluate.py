@@ -22,6 +22,7 @@ import datasets
 from accelerate import Accelerator
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
+from hf_inti.card_facts import fingerprint
 from hf_inti.evaluation import Views, end_processes, evaluate_loader, evaluation_loader
 from hf_inti.metrics import video_scores
 from hf_inti.recipes import parse_arguments, run_script
@@ -62,11 +63,11 @@ def main() -> None:
     loader = evaluation_loader(clips, accelerator, args.batch_size, args.num_workers)
     metrics, result, bad = evaluate_loader(accelerator.prepare_model(model, evaluation_mode=True), loader, accelerator)
     if accelerator.is_main_process:
-        report(args, processor, names, dataset, metrics, result, bad)
+        report(args, fingerprint(model), processor, names, dataset, metrics, result, bad)
     end_processes(accelerator)
 
 
-def report(args, processor, names, dataset, metrics, result, bad) -> None:
+def report(args, model_fingerprint, processor, names, dataset, metrics, result, bad) -> None:
     """Write and print what `evaluate_loader` found."""
     default = Path(args.model) / "evaluation" if Path(args.model).is_dir() else Path("evaluation")
     output_dir = Path(args.output_dir or default)
@@ -88,7 +89,7 @@ def report(args, processor, names, dataset, metrics, result, bad) -> None:
     table.to_parquet(str(output_dir / "predictions.parquet"))
     confusion_matrix(metrics["confusion_matrix"], names, output_dir / "confusion_matrix.png")
     protocol = {"frames": processor.num_frames, "crops": args.num_crops, "clips": args.num_clips}
-    run = describe_run(args, protocol=protocol, dataset=args.data_dir)
+    run = describe_run(args, protocol=protocol, dataset=args.data_dir, fingerprint=model_fingerprint)
     results = {**metrics, **run, "bad_videos": bad.reasons}
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if len(bad):

@@ -33,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_inti import InTIClipVideoProcessor
 from hf_inti.augmentation import BatchMixing
 from hf_inti.evaluation import end_processes, evaluate_loader, evaluation_loader
+from hf_inti.hub import check_repo_id, check_token, push_model
 from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe, run_script
 from hf_inti.training import (
     MetricsLog,
@@ -66,6 +67,9 @@ def main() -> None:
         raise ValueError("--streaming needs --max_steps: the length of a stream is not known beforehand.")
     if training.report_to not in (None, "all", *map(str, get_available_trackers())):
         raise ValueError(f"report_to names {training.report_to}, which is not installed; install it, or leave it out.")
+    if training.push_to_hub is not None:  # what is wrong with it shows now, not after days
+        check_repo_id(training.push_to_hub)
+        check_token()
     output_dir = Path(training.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -287,6 +291,9 @@ def main() -> None:
             print(bad.report())
         best = f", the best (top-1 {progress['best']:.1%}) in {output_dir / 'best'}" if eval_loader else ""
         print(f"Trained {progress['step']} steps; the model is in {output_dir / 'last'}{best}.")
+        if training.push_to_hub is not None:
+            trained = output_dir / ("best" if eval_loader else "last")
+            print(f"Pushed to {push_model(trained, training.push_to_hub, private=training.hub_private)}")
     end_processes(accelerator)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.recipes import parse_arguments, run_script
-from hf_inti.visualization import cascaded_weights, figure4, token_pictures
+from hf_inti.visualization import draw_compression
 
 
 @dataclass
@@ -34,15 +34,10 @@ def main() -> None:
         out = model(processor.finish(frames), output_interpolation_weights=True, output_token_source=True)
     score, label = out.logits.softmax(-1)[0].max(-1)
     title = f"{Path(args.video).name}: {model.config.id2label[label.item()]} ({score:.0%})"
-    if out.interpolation_weights:
-        patches = cascaded_weights(out.interpolation_weights)[0, :, 1:]
-        side = frames.shape[-2] // model.config.patch_size
-        merged = out.interpolation_weights[-1].shape[1]
-        figure4(frames[0] / 255, patches.unflatten(1, (side, -1)), merged, Path(args.output), title)
-    elif model.config.compression in ("tome", "sta"):
-        token_pictures(frames[0] / 255, out.token_source[0], Path(args.output), title)
-    else:
-        raise ValueError(f"there is no picture of compression {model.config.compression!r}; it has no weights to draw.")
+    if not draw_compression(out, frames[0] / 255, model.config.patch_size, Path(args.output), title):
+        raise ValueError(
+            f"there is nothing to draw: compression {model.config.compression!r} neither weighs nor changes tokens."
+        )
     print(f"The picture is in {args.output}")
 
 

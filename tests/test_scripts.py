@@ -617,12 +617,13 @@ def test_visualize(run, trained, data, tmp_path):
     assert run("visualize", trained[0] / "best", video, "--num_frames", "5").error.startswith("error: got 5 frames")
     model = InTIClipForVideoClassification.from_pretrained(trained[0] / "best")
     for compression in ("tome", "none"):
-        model.config.compression, model.config.compression_options = compression, {}
+        model.config.compression = compression
+        model.config.compression_options = {"r": 1} if compression == "tome" else {}
         InTIClipForVideoClassification(model.config).save_pretrained(tmp_path / compression)
         InTIClipVideoProcessor.from_pretrained(trained[0] / "best").save_pretrained(tmp_path / compression)
     done = run("visualize", tmp_path / "tome", video, "--output", tmp_path / "tokens.png")
     assert done.code == 0 and (tmp_path / "tokens.png").stat().st_size > 10000
-    assert "no picture of compression 'none'" in run("visualize", tmp_path / "none", video).error
+    assert "nothing to draw: compression 'none'" in run("visualize", tmp_path / "none", video).error
 
 
 # Wrong use ----------------------------------------------------------------------------------------
