@@ -7,9 +7,8 @@ attentions and beside the MLP train, CLIP does not.
 import torch
 from torch import nn
 
-from .adaptation_zeroi2v import check_adapter_options
 from .token_state import Adaptation, NewLinear, TokenState, Tower, ZeroLinear, block_rate, drop_path
-from .video_layers import TemporalEmbedding
+from .video_layers import TemporalEmbedding, check_adapter_options
 
 
 class Adapter(nn.Module):
@@ -36,6 +35,7 @@ class AIM(Adaptation):
     """
 
     needs_grid = True
+    drops_blocks = False  # stochastic depth is for the adapters over time and beside the MLP
 
     def __init__(self, tower: Tower, *, num_tadapter: int = 1, scale: float = 0.5, ratio: float = 0.25):
         super().__init__(tower)
@@ -71,7 +71,8 @@ class AIM(Adaptation):
         return h + self.spatial[i - 1](h)
 
     def mlp(self, i: int, h: torch.Tensor, mlp) -> torch.Tensor:
-        return mlp(h) + self.scale * self.parallel[i - 1](h)
+        beside = self.scale * self.parallel[i - 1](h)
+        return mlp(h) + drop_path(beside, self.rates[i - 1], self.training)
 
     def trained_parameters(self) -> list[str]:
         return ["post_layernorm."]

@@ -7,7 +7,7 @@ alone train.
 import torch
 from torch import nn
 
-from .token_state import Adaptation, New, NewLinear, TokenState, Tower
+from .token_state import Adaptation, New, NewLinear, TokenState, Tower, is_count
 from .video_layers import depthwise_conv3d, from_grid, to_grid
 
 
@@ -82,14 +82,14 @@ class STAdapter(Adaptation):
             raise ValueError("ST-Adapter needs pre_attention or pre_mlp; with neither use adaptation none.")
         for name, most in (("width", None), ("num_layers", tower.num_hidden_layers)):
             value = options.get(name)
-            if value is not None and (type(value) is not int or value < 1 or (most is not None and value > most)):
+            if value is not None and not is_count(value, 1, most):
                 limit = "" if most is None else f" to {most}, the depth"
                 raise ValueError(f"ST-Adapter option {name} must be a whole number from 1{limit}, got {value!r}.")
         kernel = options.get("kernel_size", (3, 1, 1))
         if (
             not isinstance(kernel, (list, tuple))
             or len(kernel) != 3
-            or not all(type(size) is int and size > 0 and size % 2 for size in kernel)
+            or not all(is_count(size) and size % 2 for size in kernel)
         ):
             raise ValueError(
                 f"ST-Adapter option kernel_size must be three odd numbers such as [3, 1, 1], got {kernel!r}."

@@ -11,7 +11,19 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .token_state import Adaptation, New, NewConv3d, NewLinear, TokenState, Tower, ZeroLinear, block_rate, drop_path
+from .token_state import (
+    Adaptation,
+    New,
+    NewConv3d,
+    NewLinear,
+    TokenState,
+    Tower,
+    ZeroLinear,
+    block_rate,
+    drop_path,
+    is_count,
+    is_number,
+)
 from .video_layers import depthwise_conv3d, from_grid, to_grid
 
 
@@ -72,7 +84,7 @@ class LocalMHRA(nn.Module):
 
     def __init__(self, width: int, reduction: float = 1.5):
         super().__init__()
-        reduced = int(width / reduction)
+        reduced = int(width // reduction)
         self.norm = TokenBatchNorm(width)
         self.reduce = NewLinear(width, reduced)
         self.conv = NewConv3d(reduced, reduced, kernel_size=(3, 1, 1), padding=(1, 0, 0), groups=reduced)
@@ -210,7 +222,7 @@ class UniFormerV2(Adaptation):
             isinstance(layers, bool)
             or not isinstance(numbers, (list, tuple))
             or not numbers
-            or not all(type(i) is int and 1 <= i <= depth for i in numbers)
+            or not all(is_count(i, 1, depth) for i in numbers)
             or sorted(set(numbers)) != list(numbers)
         ):
             raise ValueError(
@@ -221,11 +233,11 @@ class UniFormerV2(Adaptation):
             if not isinstance(options.get(name, False), bool):
                 raise ValueError(f"UniFormerV2 option {name} must be true or false, got {options[name]!r}.")
         reduction = options.get("reduction", 1.5)
-        if not isinstance(reduction, (int, float)) or not 0 < reduction <= tower.hidden_size:
+        if not is_number(reduction) or not 0 < reduction <= tower.hidden_size:
             raise ValueError(f"UniFormerV2 option reduction must be above 0 and at most the width, got {reduction!r}.")
         for name in ("mlp_dropout", "global_drop_path_rate"):
             rate = options.get(name, 0.0)
-            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            if not is_number(rate) or not 0 <= rate < 1:
                 raise ValueError(f"UniFormerV2 option {name} must be at least 0 and below 1, got {rate!r}.")
 
     @classmethod

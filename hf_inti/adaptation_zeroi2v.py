@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .token_state import Adaptation, NewLinear, TokenState, Tower, ZeroLinear
-from .video_layers import TemporalEmbedding
+from .token_state import Adaptation, NewLinear, TokenState, Tower, ZeroLinear, is_number
+from .video_layers import TemporalEmbedding, check_adapter_options
 
 
 K400_HEADS = {"-1": 1, "1": 1}  # for Something-Something: {"-1": 1, "1": 1, "-2": 1, "2": 1}
@@ -39,12 +39,16 @@ def head_groups(heads: dict | list, num_heads: int, width: int) -> list[tuple[in
     """
     groups, head = [], width // num_heads
     try:
+        pairs = list(heads.items() if isinstance(heads, dict) else heads)
+        if not all(isinstance(offset, (int, str)) and not isinstance(offset, bool) for offset, _ in pairs):
+            raise ValueError
+        pairs = [(int(offset), number) for offset, number in pairs]
         if isinstance(heads, dict):
-            pairs = sorted(((int(o), n) for o, n in heads.items()), key=lambda pair: (abs(pair[0]), pair[0]))
-        else:
-            pairs = [(int(o), n) for o, n in heads]
+            pairs.sort(key=lambda pair: (abs(pair[0]), pair[0]))
+            if len(dict(pairs)) < len(pairs):
+                raise ValueError
         for offset, number in pairs:
-            channels = round(number * head)
+            channels = round(number * head) if is_number(number) else 0
             if offset == 0 or channels < 1 or abs(number * head - channels) > 1e-6:
                 raise ValueError
             groups.append((offset, channels))
@@ -148,7 +152,7 @@ class ZeroI2V(Adaptation):
         if not isinstance(options.get("merged", False), bool):
             raise ValueError(f"ZeroI2V option merged must be true or false, got {options['merged']!r}.")
         rate = options.get("dropout", 0.1)
-        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        if not is_number(rate) or not 0 <= rate < 1:
             raise ValueError(f"ZeroI2V option dropout must be at least 0 and below 1, got {rate!r}.")
 
     def on_embeddings(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,14 +186,3 @@ class ZeroI2V(Adaptation):
             if self.mlp_out is not None:
                 fold_behind(self.mlp_out[i], layer.mlp.fc2)
         return {**self.options, "merged": True}
-
-
-def check_adapter_options(name: str, tower: Tower, options: dict) -> None:
-    """Raise a ValueError for a bad scale, ratio or num_tadapter, which AIM and ZeroI2V share."""
-    scale, ratio = options.get("scale", 0.5), options.get("ratio", 0.25)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise ValueError(f"{name} option scale must be a number, got {scale!r}.")
-    if not isinstance(ratio, (int, float)) or int(tower.hidden_size * ratio) < 1:
-        raise ValueError(f"{name} option ratio must leave at least one channel of {tower.hidden_size}, got {ratio!r}.")
-    if options.get("num_tadapter", 1) not in (1, 2):
-        raise ValueError(f"{name} option num_tadapter must be 1 or 2, got {options['num_tadapter']!r}.")

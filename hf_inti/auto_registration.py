@@ -20,7 +20,7 @@ _done = False
 
 
 def register() -> None:
-    """Register the package's classes with AutoConfig, AutoModel, AutoModelForVideoClassification, AutoVideoProcessor."""
+    """Register our classes with AutoConfig, AutoModel, AutoModelForVideoClassification and AutoVideoProcessor."""
     global _done
     if _done:
         return

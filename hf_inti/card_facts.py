@@ -72,9 +72,8 @@ def facts_of_run(model_dir: str | Path) -> dict:
     config, run = load_config(model_dir), read_run(model_dir)
     if run is None:
         raise ValueError(f"{model_dir} has no run.json, so it is not from train.py; write a facts file and give that.")
-    data, base_model = run["arguments"]["DataArguments"], run["arguments"]["ModelArguments"]["model"]
+    data = run["arguments"]["DataArguments"]
     on_hub = data["layout"] == "hub"
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) and not Path(base_model).exists()
     dataset = {
         "name": data["train_dir"] if on_hub else Path(data["train_dir"]).name,
         "id": data["train_dir"] if on_hub else None,
@@ -84,7 +83,7 @@ def facts_of_run(model_dir: str | Path) -> dict:
         "limits": [],
     }
     known = {
-        "base_model": base_model if is_id else None,
+        "base_model": run["base_model"],
         "license": "unknown",
         "dataset": dataset,
         "method": {name: getattr(config, name) for name in METHOD},

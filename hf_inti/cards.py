@@ -126,7 +126,7 @@ def draw_figure(model_dir: str | Path, clip, path: str | Path) -> bool:
 
     Returns False, and draws nothing, for a compression of which there is no picture. (See `draw_compression`.)
     """
-    model = InTIClipForVideoClassification.from_pretrained(model_dir).eval()
+    model = InTIClipForVideoClassification.from_pretrained(model_dir, dtype=torch.float32).eval()  # numpy has no bf16
     processor = InTIClipVideoProcessor.from_pretrained(model_dir)
     frames = processor(clip, do_rescale=False, do_normalize=False)["pixel_values"]
     with torch.inference_mode():

@@ -50,32 +50,25 @@ class MeanConv3d(New, nn.Conv3d):
 
 
 class ConvPool(GradientCheckpointingLayer):
-    """x (B, T, L, C) -> z (B, T/2, L, C)."""
+    """x (B, T, L, C) -> z (B, T/2, L, C), and None: it has no weights to tell."""
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = MeanConv3d(width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x.permute(0, 3, 1, 2)[..., None]).squeeze(-1).permute(0, 2, 3, 1)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.conv(x.permute(0, 3, 1, 2)[..., None]).squeeze(-1).permute(0, 2, 3, 1), None
 
 
 class _Pooling(Compression):
     def __init__(self, tower: Tower, layers: list[int]):
         super().__init__(tower, layers)
         self.layers = list(layers)
+        self.stages = nn.ModuleList(self.stage(tower) for _ in layers)
 
     @classmethod
     def frame_multiple(cls, layers: list[int]) -> int:
         return 2 ** len(layers)
-
-
-class LinearPooling(_Pooling):
-    """LinearPooling after each of `layers`."""
-
-    def __init__(self, tower: Tower, layers: list[int]):
-        super().__init__(tower, layers)
-        self.stages = nn.ModuleList(LinearPool() for _ in layers)
 
     def after_block(self, i: int, x, keys, state: TokenState):
         if i in self.layers:
@@ -83,14 +76,17 @@ class LinearPooling(_Pooling):
         return x, state
 
 
+class LinearPooling(_Pooling):
+    """LinearPooling after each of `layers`."""
+
+    @staticmethod
+    def stage(tower: Tower) -> nn.Module:
+        return LinearPool()
+
+
 class ConvPooling(_Pooling):
     """ConvPooling after each of `layers`."""
 
-    def __init__(self, tower: Tower, layers: list[int]):
-        super().__init__(tower, layers)
-        self.stages = nn.ModuleList(ConvPool(tower.hidden_size) for _ in layers)
-
-    def after_block(self, i: int, x, keys, state: TokenState):
-        if i in self.layers:
-            x = self.stages[self.layers.index(i)](x)
-        return x, state
+    @staticmethod
+    def stage(tower: Tower) -> nn.Module:
+        return ConvPool(tower.hidden_size)

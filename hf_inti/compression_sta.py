@@ -14,7 +14,7 @@ import re
 import torch
 from torch import nn
 
-from .token_state import Compression, TokenState, Tower
+from .token_state import Compression, TokenState, Tower, is_count
 
 
 FIRST_FRAMES = ("tome", "random", "grid")
@@ -82,7 +82,10 @@ def prune(
     draw: torch.Tensor | None = None,
     cells: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which N - r tokens of each group to keep: numbers (B, G, N - r) inside the group, in ascending order of score.
+    """Which N - r tokens of each group to keep: numbers (B, G, N - r) inside the group.
+
+    They come in ascending order of score, in the first group of the walk in that of `first_frame_order`, and with r = 0
+    in their own.
 
     Args:
         x: tokens (B, G, N, C), for their semantic importance.
@@ -90,6 +93,8 @@ def prune(
         r: tokens to drop of each group, below N.
         direction: "F" walks from the first group to the last, "B" from the last to the first.
         first_frame, draw (B, N), cells (B, N): see `first_frame_order`.
+
+    Raises ValueError where r leaves nothing.
     """
     G, N = x.shape[1:3]
     if not 0 <= r < N:
@@ -116,14 +121,16 @@ def draw_for(places: torch.Tensor, training: bool) -> torch.Tensor:
     """A number in [0, 1) for each token: drawn in training, and in evaluation, which shall repeat, of its place."""
     if training:
         return torch.rand(places.shape, device=places.device)
-    return torch.frac(torch.sin(places * 12.9898 + 78.233).abs() * 43758.5453)
+    return (places * 2654435761 % 2**32) / 2**32  # in whole numbers: the same on every device
 
 
 def cells_for(places: torch.Tensor, grid: tuple[int, int], r: int) -> torch.Tensor:
     """Of a raster of floor(sqrt(r)) cells a side over the grid, the cell in which each token's place lies."""
     side = int(r**0.5)
     rows, columns = grid
-    return places // columns * side // rows * side + places % columns * side // columns
+    cell_row = places // columns * side // rows
+    cell_column = places % columns * side // columns
+    return cell_row * side + cell_column
 
 
 class STA(Compression):
@@ -162,7 +169,7 @@ class STA(Compression):
 
     @staticmethod
     def _default_r(tower: Tower) -> int:
-        return tower.num_patches // 16 * 4
+        return min(max(tower.num_patches // 16 * 4, 1), tower.num_patches - 1)
 
     @classmethod
     def check_options(cls, tower: Tower, **options) -> None:
@@ -171,7 +178,7 @@ class STA(Compression):
         stage_blocks(tower.num_hidden_layers)
         if r is None:
             return
-        if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+        if not is_count(r, least=0):
             raise ValueError(f"STA's r must be a whole number of tokens from 0, got {r!r}.")
         if r + r // 2 + r // 4 >= tower.num_patches:
             raise ValueError(
@@ -187,21 +194,22 @@ class STA(Compression):
 
     def _prune(self, x, keys, state: TokenState, r: int, direction: str):
         B, T, L, D = x.shape
-        patches = x[:, :, 1:]
-        metric = keys[:, :, 1:].unflatten(-1, (self.heads, -1)).mean(dim=-2)
+        c = state.num_class_tokens
+        patches = x[:, :, c:]
+        metric = keys[:, :, c:].unflatten(-1, (self.heads, -1)).mean(dim=-2)
         positions = state.positions
         if positions is None:
-            positions = torch.arange(L - 1, device=x.device).expand(B, T, -1)
+            positions = torch.arange(L - c, device=x.device).expand(B, T, -1)
         draw = cells = None
         if self.first_frame != "tome":
             first = positions[:, 0 if direction == "F" else -1]
             draw, cells = draw_for(first, self.training), cells_for(first, state.grid, r)
         kept = prune(patches, metric, r, direction, self.first_frame, draw, cells)  # (B, T, N - r)
-        x = torch.cat([x[:, :, :1], patches.gather(2, kept[..., None].expand(-1, -1, -1, D))], dim=2)
+        x = torch.cat([x[:, :, :c], patches.gather(2, kept[..., None].expand(-1, -1, -1, D))], dim=2)
         # Where each token of this frame is now, -1 where it was dropped; the class token, and what was, stay.
-        now = torch.arange(1, L - r, device=x.device).expand(B, T, -1)
-        moved = torch.full((B, T, L), -1, device=x.device).scatter(2, kept + 1, now)
-        moved[:, :, 0] = 0
+        now = torch.arange(L - r, device=x.device).expand(B, T, -1)
+        moved = torch.full((B, T, L), -1, device=x.device).scatter(2, kept + c, now[:, :, c:])
+        moved[:, :, :c] = now[:, :, :c]
         if state.source is not None:
             moved = torch.where(state.source < 0, -1, moved.gather(2, state.source.clamp_min(0)))
         return x, state._replace(positions=positions.gather(2, kept), source=moved)

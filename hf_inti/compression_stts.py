@@ -9,7 +9,7 @@ the best square of patches (anchor). In training the choice is softened by noise
 import torch
 from torch import nn
 
-from .token_state import Compression, New, NewLinear, TokenState, Tower
+from .token_state import Compression, New, NewLinear, TokenState, Tower, is_count, is_number
 
 
 SCORERS = ("paper", "released")
@@ -32,6 +32,7 @@ def perturbed_topk(
     score there, E[indicator * noise] / sigma. With sigma at zero the choice is hard and has no gradient.
     """
     n = num_samples if noise is None else noise.shape[1]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # counts and noise are too coarse in bf16
     sigma = torch.as_tensor(sigma, dtype=scores.dtype, device=scores.device)
     with torch.no_grad():
         indicators = slopes = scores.new_zeros(scores.shape[0], k, scores.shape[1])
@@ -129,7 +130,7 @@ class TemporalSelection(nn.Module):
     def forward(self, x: torch.Tensor, k: int, num_class_tokens: int = 0, noise: torch.Tensor | None = None):
         scores = self.scores(x, num_class_tokens)
         if self.training:  # Eq. 9
-            return torch.einsum("bkt,btlc->bklc", self.topk(scores, k, noise), x)
+            return torch.einsum("bkt,btlc->bklc", self.topk(scores, k, noise).to(x.dtype), x)
         index = hard_topk(scores, k)
         return x.gather(1, index[..., None, None].expand(-1, -1, *x.shape[2:]))
 
@@ -165,7 +166,7 @@ class SpatialSelection(nn.Module):
         places = places.unfold(0, side, stride).unfold(1, side, stride).flatten(2).flatten(0, 1)
         if self.training:
             squares = x.flatten(0, 1)[:, places]  # (B * T, G, side * side, C)
-            out = torch.einsum("bg,bgnc->bnc", self.topk(scores, 1, noise)[:, 0], squares)
+            out = torch.einsum("bg,bgnc->bnc", self.topk(scores, 1, noise)[:, 0].to(x.dtype), squares)
         else:
             index = places[hard_topk(scores, 1)[:, 0]]  # (B * T, side * side)
             out = x.flatten(0, 1).gather(1, index[..., None].expand(-1, -1, C))
@@ -218,16 +219,13 @@ class STTS(Compression):
 
     @classmethod
     def check_options(cls, tower: Tower, **options) -> None:
-        def number(value, kind=(int, float)) -> bool:
-            return isinstance(value, kind) and not isinstance(value, bool)
-
         depth = tower.num_hidden_layers
         for name in ("temporal", "spatial"):
             plan = options.get(name)
             good = plan is None or (
                 isinstance(plan, (list, tuple))
                 and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in plan)
-                and all(number(i, int) and 0 <= i <= depth and number(share) and 0 < share <= 1 for i, share in plan)
+                and all(is_count(i, 0, depth) and is_number(share) and 0 < share <= 1 for i, share in plan)
                 and len({i for i, _ in plan}) == len(plan)
             )
             if not good:
@@ -237,10 +235,10 @@ class STTS(Compression):
                 )
         if options.get("scorer", "released") not in SCORERS:
             raise ValueError(f"STTS option scorer must be one of {', '.join(SCORERS)}, got {options['scorer']!r}.")
-        if not number(options.get("sigma", 0.1)) or options.get("sigma", 0.1) < 0:
+        if not is_number(options.get("sigma", 0.1)) or options.get("sigma", 0.1) < 0:
             raise ValueError(f"STTS option sigma must be a number from 0, got {options['sigma']!r}.")
         for name in ("num_samples", "stride"):
-            if options.get(name) is not None and (not number(options[name], int) or options[name] < 1):
+            if not is_count(options.get(name, 1)) and not (name == "stride" and options[name] is None):
                 raise ValueError(f"STTS option {name} must be a whole number from 1, got {options[name]!r}.")
         frames, patches = tower.num_frames, tower.num_patches
         temporal, spatial = cls._plan(tower, options.get("temporal"), options.get("spatial"))
@@ -253,7 +251,11 @@ class STTS(Compression):
     def _kept(count: int, share: float, what: str) -> int:
         k = int(count * share)
         if k < 1:
-            raise ValueError(f"STTS keeps none of {count} {what} with a share of {share}; raise the share.")
+            least = -int(-1 // share)
+            raise ValueError(
+                f"STTS keeps none of {count} {what} with a share of {share}; raise the share, or give at least {least} "
+                f"{what}."
+            )
         return k
 
     def set_progress(self, progress: float) -> None:

@@ -41,7 +41,10 @@ def bipartite_soft_matching(
     """
     B, N = metric.shape[:2]
     protected = int(class_token) + int(distill_token)
-    r = max(min(r, (N - protected) // 2), 0)
+    r = min(r, (N - protected) // 2)
+    if r <= 0:  # as released, nothing moves
+        stay = torch.arange(N, device=metric.device).expand(B, N)
+        return Matching(stay, N, stay[:, 0::2] // 2, stay[:, :0], stay[:, :0])
     metric = nn.functional.normalize(metric, dim=-1)
     scores = metric[:, 0::2] @ metric[:, 1::2].transpose(1, 2)  # (B, even, odd)
     if class_token:
@@ -49,7 +52,7 @@ def bipartite_soft_matching(
     if distill_token:
         scores[:, :, 0] = float("-inf")
     even, odd = scores.shape[1:]
-    best, best_dst = scores.max(dim=-1) if odd else (scores.new_zeros(B, even), metric.new_zeros(B, even).long())
+    best, best_dst = scores.max(dim=-1)
     order = best.argsort(dim=-1, descending=True, stable=True)
     src_idx, unm_idx = order[:, :r], order[:, r:]
     if class_token:
@@ -70,13 +73,13 @@ def bipartite_soft_matching(
 
 @torch.no_grad()
 def kth_bipartite_soft_matching(metric: torch.Tensor, k: int) -> Matching:
-    """Merge every token of metric (B, N, d) into the most similar of each k-th one (k at least 2).
+    """Merge every token of metric (B, N, d) into the most similar of each k-th one; with k = 1 none.
 
     What is left over of N behind the last k-th token is dropped: `target` (B, N // k * k).
     """
     B, N = metric.shape[:2]
-    if not 2 <= k <= N:
-        raise ValueError(f"k must be from 2 to the number of tokens, {N}, got {k}.")
+    if not 1 <= k <= N:
+        raise ValueError(f"k must be from 1 to the number of tokens, {N}, got {k}.")
     groups = N // k
     metric = nn.functional.normalize(metric, dim=-1)
     metric = metric[:, : groups * k].unflatten(1, (groups, k))
@@ -90,6 +93,8 @@ def kth_bipartite_soft_matching(metric: torch.Tensor, k: int) -> Matching:
 
 def merge(x: torch.Tensor, matching: Matching, mode: str = "mean") -> torch.Tensor:
     """Tokens (B, N, C) -> (B, num_tokens, C): the "sum" or plain "mean" of those that become one."""
+    if mode not in ("sum", "mean"):
+        raise ValueError(f'mode must be "sum" or "mean", got {mode!r}.')
     target = matching.target
     index = target[..., None].expand(-1, -1, x.shape[-1])
     out = x.new_zeros(x.shape[0], matching.num_tokens, x.shape[-1]).scatter_add(1, index, x[:, : target.shape[1]])
@@ -106,7 +111,10 @@ def merge_weighted(x: torch.Tensor, size: torch.Tensor, matching: Matching) -> t
 
 
 def unmerge(x: torch.Tensor, matching: Matching) -> torch.Tensor:
-    """Merged tokens (B, num_tokens, C) -> (B, N, C): every one back at all the places that went into it."""
+    """Merged tokens (B, num_tokens, C) -> (B, N, C): every one back at all the places that went into it.
+
+    N is that of `target`: what `kth_bipartite_soft_matching` dropped does not come back.
+    """
     return x.gather(1, matching.target[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -205,12 +213,13 @@ class ToMe(Compression):
         positions = state.positions
         if positions is None:
             positions = torch.arange(L - c, device=x.device).expand(B, T, -1)
-        # A merged token stands where its destination stands, so that no two share a place.
+        # A merged token stands where its destination stands, so that no two share a place: the places are those of the
+        # unmerged and of the destinations.
         places = nn.functional.pad(positions, (c, 0)).flatten(0, 1)
-        merged = torch.zeros_like(matching.target[:, 0::2]).scatter(1, matching.src_idx, 1)
-        index = matching.target.clone()
-        index[:, 0::2] = torch.where(merged > 0, matching.num_tokens, index[:, 0::2])  # past the end, cut off
-        places = places.new_zeros(B * T, matching.num_tokens + 1).scatter(1, index, places)[:, c:-1]
+        every = torch.arange(L, device=x.device).expand(B * T, L)
+        survivors = torch.cat([2 * matching.unm_idx, every[:, 1::2]], dim=1)
+        index = matching.target.gather(1, survivors)
+        places = places.new_zeros(B * T, matching.num_tokens).scatter(1, index, places.gather(1, survivors))[:, c:]
         source = merge_source(matching, None if state.source is None else state.source.flatten(0, 1))
         state = state._replace(
             positions=places.unflatten(0, (B, T)),

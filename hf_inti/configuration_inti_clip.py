@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .adaptation import ADAPTATIONS
 from .compression import COMPRESSIONS
@@ -116,6 +117,13 @@ class InTIClipVisionConfig(CLIPVisionConfig):
                 raise ValueError(f"{name} must be one whole number of pixels (square), got {getattr(self, name)!r}.")
         if not 1 <= self.patch_size <= self.image_size:
             raise ValueError(f"patch_size must be from 1 to image_size {self.image_size}, got {self.patch_size}.")
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}.")
         if self.num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
         if isinstance(self.num_frames, bool) or not isinstance(self.num_frames, int) or self.num_frames < 1:

@@ -177,8 +177,8 @@ def infer_config(state_dict: dict, method: str, num_frames: int | None = None) -
         options["local"] = "double" if has(".lmhra2.") else "single" if has(".lmhra1.") else "none"
         if has(".lmhra1."):
             reduced = shape("lmhra1.pos_embed.1.bias")[0]
-            if reduced != int(width / 1.5):
-                options["reduction"] = width / (reduced + 0.5)  # which int() takes down to it, whatever the rounding
+            if reduced != int(width // 1.5):
+                options["reduction"] = width / (reduced + 0.5)  # which // takes down to it, whatever the rounding
         options["temporal_downsample"] = state_dict["conv1.weight"].dim() == 5 and taps == 3
         options["frozen"] = "transformer.balance" not in state_dict
     elif method == "zeroi2v" and not has("S_Adapter"):

@@ -5,12 +5,14 @@ what differs: tokens are carried as (B, T, L, D), attention also returns the key
 methods of `compression.py` and `adaptation.py` are called at the hooks of `token_state.py`.
 """
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -144,6 +146,7 @@ class InTIClipEncoderLayer(CLIPEncoderLayer):
     def forward(self, x, state: TokenState, compression: Compression, adaptation: Adaptation, **kwargs):
         """-> x (B, T, L', D), the feature that the compression reads (B, T, L, D) or None, state."""
         i = self.i
+        rate = self.drop_path_rate if adaptation.drops_blocks else 0.0
         x = adaptation.before_attention(i, x, state, self._normed_attention)
         h = adaptation.branch_in(i, self.layer_norm1(x))
         h, _, feature = self.self_attn(
@@ -153,11 +156,11 @@ class InTIClipEncoderLayer(CLIPEncoderLayer):
             feature=compression.features,
             **kwargs,
         )
-        x = x + drop_path(adaptation.branch_out(i, h), self.drop_path_rate, self.training)
+        x = x + drop_path(adaptation.branch_out(i, h), rate, self.training)
         x, state = compression.inside_block(i, x, feature, state)
         x = adaptation.before_mlp(i, x, state)
         h = adaptation.mlp(i, self.layer_norm2(x), self.mlp)
-        return x + drop_path(h, self.drop_path_rate, self.training), feature, state
+        return x + drop_path(h, rate, self.training), feature, state
 
     def _normed_attention(self, h: torch.Tensor, inner: Callable | None = None) -> torch.Tensor:
         h = self.layer_norm1(h)
@@ -248,6 +251,8 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         if not frozen:
             raise ValueError(f"all of this model trains (adaptation {self.config.adaptation!r}); use save_pretrained.")
+        if self.config.adaptation_options.get("merged"):
+            raise ValueError("the adapters are merged into CLIP's weights, which differ now; use save_pretrained.")
         state = {name: t.contiguous() for name, t in self.state_dict().items() if name not in frozen}
         os.makedirs(save_directory, exist_ok=True)
         self.config.save_pretrained(save_directory)
@@ -262,15 +267,28 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
 
         Raises ValueError for weights of another method, class or size.
         """
-        state = load_file(cached_file(pretrained_model_name_or_path, TRAINED_WEIGHTS))
+        place = pretrained_model_name_or_path
+        if os.path.isdir(place) and not os.path.isfile(os.path.join(place, TRAINED_WEIGHTS)):
+            raise ValueError(f"{place} holds no {TRAINED_WEIGHTS}; give a folder that save_trained_only wrote.")
+        theirs = type(self.config).from_pretrained(place)
+        for word in ("compression", "compression_layers", "compression_options", "adaptation", "adaptation_options"):
+            if getattr(theirs, word) != getattr(self.config, word):
+                raise ValueError(
+                    f"the weights in {place} were trained with {word} {getattr(theirs, word)!r}, this model has "
+                    f"{getattr(self.config, word)!r}; make it with the configuration that lies beside them."
+                )
+        try:
+            state = load_file(cached_file(place, TRAINED_WEIGHTS))
+        except SafetensorError as error:
+            raise ValueError(f"{TRAINED_WEIGHTS} in {place} is damaged ({error}); write or fetch it again.") from error
         own = self.state_dict()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
         wrong += sorted(trained - state.keys())
         if wrong:
             raise ValueError(
-                f"the trained weights in {pretrained_model_name_or_path} do not fit this model, as at {wrong[0]}; make "
-                "the model with the configuration that lies beside them."
+                f"the trained weights in {place} do not fit this model, as at {wrong[0]}; make the model with the "
+                "configuration that lies beside them."
             )
         self.load_state_dict(state, strict=False)
 
@@ -283,9 +301,16 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         model = self.base_model
         adapted = model.adaptation
         options = adapted.merge(model.encoder.layers)
-        self.config.adaptation_options = options
-        merged = ADAPTATIONS[self.config.adaptation](self.config.tower, **options).to(self.device, self.dtype)
+        shared = self.config
+        own = copy.deepcopy(shared)  # another model may have been made from the same
+        own.adaptation_options = options
+        for module in self.modules():
+            if getattr(module, "config", None) is shared:
+                module.config = own
+        merged = ADAPTATIONS[own.adaptation](own.tower, **options).to(self.device, self.dtype)
         merged.load_state_dict(adapted.state_dict(), strict=False)  # what was not folded, such as an embedding
+        for name, parameter in merged.named_parameters():
+            parameter.requires_grad_(adapted.get_parameter(name).requires_grad)
         model.adaptation = merged.train(self.training)
 
 

@@ -9,6 +9,7 @@ learns about the configuration: what it may know of the tower comes as a `Tower`
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,6 +70,16 @@ def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
 def block_rate(tower: Tower, i: int) -> float:
     """The drop path rate of block i, counted from 1: it grows linearly from 0 at the first block."""
     return tower.drop_path_rate * (i - 1) / max(tower.num_hidden_layers - 1, 1)
+
+
+def is_count(value, least: int = 1, most: int | None = None) -> bool:
+    """Whether an option is a whole number in a range; True and False are none."""
+    return type(value) is int and value >= least and (most is None or value <= most)
+
+
+def is_number(value) -> bool:
+    """Whether an option is a finite number; True and False are none."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 class New:
@@ -188,6 +199,7 @@ class Adaptation(_Method):
     """Modules that let the image tower see time."""
 
     needs_grid = False  # whether it needs the same token at the same place in every frame
+    drops_blocks = True  # whether `drop_path_rate` is for CLIP's branches, or only for the method's own
 
     @classmethod
     def frame_multiple(cls, **options) -> int:

@@ -1,9 +1,9 @@
-"""Building blocks that several methods share: convolutions over time and space, the patch grid, temporal positions."""
+"""What several methods share: convolutions over time and space, the patch grid, temporal positions, options."""
 
 import torch
 from torch import nn
 
-from .token_state import New, TokenState
+from .token_state import New, TokenState, Tower, is_count, is_number
 
 
 def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
@@ -76,3 +76,14 @@ class TemporalEmbedding(New, nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + at_frames(self.P, x.shape[1])
+
+
+def check_adapter_options(name: str, tower: Tower, options: dict) -> None:
+    """Raise a ValueError for a bad scale, ratio or num_tadapter, which AIM and ZeroI2V share."""
+    scale, ratio = options.get("scale", 0.5), options.get("ratio", 0.25)
+    if not is_number(scale):
+        raise ValueError(f"{name} option scale must be a number, got {scale!r}.")
+    if not is_number(ratio) or int(tower.hidden_size * ratio) < 1:
+        raise ValueError(f"{name} option ratio must leave at least one channel of {tower.hidden_size}, got {ratio!r}.")
+    if not is_count(options.get("num_tadapter", 1), 1, 2):
+        raise ValueError(f"{name} option num_tadapter must be 1 or 2, got {options['num_tadapter']!r}.")

@@ -6,44 +6,56 @@ VideoMAE attends over the tokens of all frames together and has no class token. 
 shorten what they return.
 """
 
+import threading
+
+import torch
 from transformers import VideoMAEForVideoClassification, VideoMAEModel
 
 from .compression_sta import cells_for, check_choices, directions, draw_for, prune, stage_blocks
+from .token_state import is_count
 
 
 SCHEDULES = ("paper", "released")
 
 
 class _Features:
-    """Hook on a projection of a block's attention: keeps the mean over its heads until the block has used it."""
+    """Hook on a projection of a block's attention: keeps the mean over its heads until the block is done."""
 
     def __init__(self, heads: int):
         self.heads = heads
-        self.mean = None  # (B, tokens, head width)
+        self.means = {}  # (B, tokens, head width), by thread: several may use the model at once
 
     def __call__(self, module, args, output) -> None:
-        self.mean = output.unflatten(-1, (self.heads, -1)).mean(dim=-2)
+        self.means[_thread()] = output.unflatten(-1, (self.heads, -1)).mean(dim=-2)
 
     def take(self):
-        mean, self.mean = self.mean, None
-        return mean
+        return self.means.pop(_thread())
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class _Prune:
     """Hook on a block: drops r tokens of each of `groups` groups from its output."""
 
-    def __init__(self, features: _Features, groups: int, r: int, direction: str, first_frame: str, grid):
-        self.features, self.groups, self.r = features, groups, r
+    def __init__(self, features: _Features, tokens: int, groups: int, r: int, direction: str, first_frame: str, grid):
+        self.features, self.tokens, self.groups, self.r = features, tokens, groups, r
         self.direction, self.first_frame, self.grid = direction, first_frame, grid
 
     def __call__(self, module, args, output):
         metric = self.features.take()
+        if output.shape[1] != self.tokens:
+            raise ValueError(
+                f"STA was set up for {self.tokens} tokens in this block, got {output.shape[1]}; give whole clips of "
+                "the model's size, without masked positions."
+            )
         x = output.unflatten(1, (self.groups, -1))  # (B, G, N, C)
         metric = metric.unflatten(1, (self.groups, -1))
         draw = cells = None
         if self.first_frame != "tome":
             # Of tokens in the order of their scores only the rank is known, which stands for the place.
-            places = x.new_zeros(x.shape[0], x.shape[2]).long() + x.new_ones(x.shape[2]).long().cumsum(0) - 1
+            places = torch.arange(x.shape[2], device=x.device).expand(x.shape[0], -1)
             draw = draw_for(places, module.training)
             cells = cells_for(places % (self.grid[0] * self.grid[1]), self.grid, self.r)
         kept = prune(x, metric, self.r, self.direction, self.first_frame, draw, cells)
@@ -97,37 +109,40 @@ def apply_sta(
     check_choices(order, first_frame, similarity)
     if schedule not in SCHEDULES:
         raise ValueError(f"STA's schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+    if not is_count(r, least=0):
         raise ValueError(f"STA's r must be a whole number of tokens from 0, got {r!r}.")
-    config = model.config
-    frames = config.num_frames // config.tubelet_size
-    groups = frames if groups is None else groups
-    side = config.image_size // config.patch_size
-    tokens = frames * side**2
-    if groups < 1 or tokens % groups:
-        raise ValueError(f"STA's groups must divide the {tokens} tokens of this model, got {groups}.")
+    if r == 0:
+        remove(model)
+        return model
+    embeddings = getattr(model, "videomae", model).embeddings.patch_embeddings
+    grid = tuple(size // patch for size, patch in zip(embeddings.image_size, embeddings.patch_size, strict=True))
+    tokens = embeddings.num_patches
+    groups = tokens // (grid[0] * grid[1]) if groups is None else groups
+    if not is_count(groups) or tokens % groups:
+        raise ValueError(
+            f"STA's groups must be a whole number that divides the model's {tokens} tokens, got {groups!r}."
+        )
     if schedule == "paper":
         stages = [(groups, r), (groups, r // 2), (groups, r // 4)]
+    elif groups % 4:
+        raise ValueError(
+            f"STA's released schedule halves the groups twice, and {groups} is not a multiple of 4; use 'paper'."
+        )
     else:
-        if groups % 4 and r:
-            raise ValueError(
-                f"STA's released schedule halves the groups twice, and {groups} is not a multiple of 4; use 'paper'."
-            )
         stages = [(groups, r), (groups // 2, r), (groups // 4, r)]
-    for number, dropped in stages:
-        if dropped and tokens // number <= dropped:
+    hooks = []
+    for block, (number, dropped), direction in zip(stage_blocks(len(blocks)), stages, directions(order), strict=True):
+        if tokens // number <= dropped:
             raise ValueError(
                 f"STA with r {r} drops {dropped} of a group's {tokens // number} tokens; at least one has to be kept: "
                 "lower r."
             )
+        if dropped:
+            features = _Features(model.config.num_attention_heads)
+            hooks.append((getattr(blocks[block - 1].attention.attention, similarity), features))
+            hooks.append((blocks[block - 1], _Prune(features, tokens, number, dropped, direction, first_frame, grid)))
         tokens -= number * dropped
     remove(model)
-    walks = zip(stage_blocks(len(blocks)), stages, directions(order), strict=True)
-    for block, (number, dropped), direction in walks:
-        if dropped:
-            features = _Features(config.num_attention_heads)
-            attention = blocks[block - 1].attention.attention
-            getattr(attention, similarity).register_forward_hook(features)
-            hook = _Prune(features, number, dropped, direction, first_frame, (side, side))
-            blocks[block - 1].register_forward_hook(hook)
+    for module, hook in hooks:
+        module.register_forward_hook(hook)
     return model

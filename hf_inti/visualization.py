@@ -118,7 +118,7 @@ def token_pictures(frames: torch.Tensor, source: torch.Tensor, path: Path, title
 
 
 def draw_compression(outputs, frames: torch.Tensor, patch_size: int, path, title: str = "") -> str | None:
-    """Draw what a compression did to one clip: `figure4` of merged frames, or `token_pictures` of merged or lost tokens.
+    """Draw what a compression did to a clip: `figure4` of merged frames, `token_pictures` of merged or lost tokens.
 
     Args:
         outputs: the model's, of one clip, with `output_interpolation_weights=True, output_token_source=True`.

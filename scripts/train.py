@@ -142,6 +142,7 @@ def main() -> None:
         data,
         training,
         config=accelerator.unwrap_model(model).config.to_dict(),
+        base_model=None if Path(model_args.model).exists() else model_args.model,  # its name on the Hub
         num_processes=accelerator.num_processes,
         train_fingerprint=getattr(train_set, "_fingerprint", None),
         eval_fingerprint=getattr(eval_set, "_fingerprint", None),
@@ -293,7 +294,7 @@ def main() -> None:
         print(f"Trained {progress['step']} steps; the model is in {output_dir / 'last'}{best}.")
         if training.push_to_hub is not None:
             trained = output_dir / ("best" if eval_loader else "last")
-            print(f"Pushed to {push_model(trained, training.push_to_hub, private=training.hub_private)}")
+            push_model(trained, training.push_to_hub, private=training.hub_private)
     end_processes(accelerator)
 
 

@@ -310,7 +310,7 @@ def test_facts_of_a_run_hold_no_path(trained):
 @pytest.mark.slow
 def test_facts_of_a_run_from_the_hub(trained, tmp_path):
     run = json.loads((trained / "run.json").read_text())
-    run["arguments"]["ModelArguments"]["model"] = "openai/clip-vit-base-patch16"
+    run["base_model"] = "openai/clip-vit-base-patch16"
     run["arguments"]["DataArguments"] |= {"layout": "hub", "train_dir": "me/clips"}
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "config.json").write_text((trained / "config.json").read_text())

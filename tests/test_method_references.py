@@ -1,5 +1,7 @@
 """Every method in a whole tower against its slow reference, in float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -196,11 +198,9 @@ def test_st_adapter(pre_attention, pre_mlp, num_layers, kernel_size, tower):
 
 
 @pytest.mark.parametrize("T", [1, 2, 5])
-@pytest.mark.parametrize(
-    "kernel, stride", [((3, 1, 1), 1), ((5, 1, 1), 1), ((3, 3, 3), 1), ((7, 3, 1), 1), ((1, 3, 3), 1)]
-)
-def test_depthwise_convolution_is_torchs(T, kernel, stride):
-    conv = torch.nn.Conv3d(6, 6, kernel, stride=(stride, 1, 1), padding=[k // 2 for k in kernel], groups=6).double()
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (5, 1, 1), (3, 3, 3), (7, 3, 1), (1, 3, 3)])
+def test_depthwise_convolution_is_torchs(T, kernel):
+    conv = torch.nn.Conv3d(6, 6, kernel, padding=[k // 2 for k in kernel], groups=6).double()
     x = torch.randn(2, T, 3, 4, 6, dtype=torch.float64)
     wanted = conv(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
     assert_close(depthwise_conv3d(x, conv), wanted, rtol=0, atol=1e-12)
@@ -283,8 +283,9 @@ def test_what_sta_cannot_do_on_videomae_is_said(videomae, tiny_config):
         apply_sta(model, r=16)
     with pytest.raises(ValueError, match="schedule must be one of paper, released"):
         apply_sta(model, schedule="half")
-    with pytest.raises(ValueError, match="groups must divide the 64 tokens"):
-        apply_sta(model, groups=5)
+    for groups in (5, "4", 2.0, True, 0):
+        with pytest.raises(ValueError, match="divides the model's 64 tokens"):
+            apply_sta(model, groups=groups)
     with pytest.raises(ValueError, match="2 is not a multiple of 4"):
         apply_sta(model, r=2, schedule="released", groups=2)
     with pytest.raises(ValueError, match="order must be"):
@@ -294,3 +295,25 @@ def test_what_sta_cannot_do_on_videomae_is_said(videomae, tiny_config):
     model.config.use_mean_pooling = False
     with pytest.raises(ValueError, match="needs use_mean_pooling"):
         apply_sta(model)
+
+
+def test_threads_can_share_a_model_with_sta(videomae):
+    model = apply_sta(videomae(), r=4)
+    inputs = [torch.randn(1, 8, 3, 16, 16, dtype=torch.float64) for _ in range(8)]
+
+    def run(x):
+        with torch.no_grad():
+            return model(x).logits
+
+    wanted = [run(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, logits in zip(pool.map(run, inputs * 6), wanted * 6, strict=True):
+            assert torch.equal(got, logits)
+
+
+def test_masked_positions_are_refused_with_sta(videomae):
+    model = apply_sta(videomae(), r=4).videomae
+    masked = torch.zeros(1, 64, dtype=torch.bool)
+    masked[:, :20] = True
+    with pytest.raises(ValueError, match="set up for 64 tokens in this block, got 44"):
+        model(torch.randn(1, 8, 3, 16, 16, dtype=torch.float64), bool_masked_pos=masked)

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
+from hf_inti import compression_stts as stts
 from hf_inti.adaptation import ADAPTATIONS
 from hf_inti.compression import COMPRESSIONS
 from hf_inti.token_state import TokenState
@@ -395,8 +396,56 @@ def test_trained_weights_alone(adaptation, build, tmp_path):
         assert torch.equal(again(pixel_values).logits, model(pixel_values).logits)
     with pytest.raises(ValueError, match="all of this model trains .*use save_pretrained"):
         clip.save_trained_only(tmp_path / "all")
-    with pytest.raises(ValueError, match="do not fit this model, as at"):
+    with pytest.raises(ValueError, match="trained with compression 'inti', this model has 'none'"):
         clip.load_trained_only(tmp_path / "trained")
+    with pytest.raises(ValueError, match="holds no trained.safetensors"):
+        again.load_trained_only(tmp_path / "clip")
+    (tmp_path / "trained" / "trained.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="is damaged"):
+        again.load_trained_only(tmp_path / "trained")
+
+
+def test_merged_weights_are_not_saved_without_the_tower(build, tmp_path):
+    model = build("none", "zeroi2v")
+    model.merge_adapters()
+    with pytest.raises(ValueError, match="merged into CLIP's weights.*use save_pretrained"):
+        model.save_trained_only(tmp_path)
+
+
+def test_merging_leaves_other_models_of_the_same_configuration_alone(tiny_config, tmp_path):
+    config = tiny_config(compression="none", adaptation="zeroi2v")
+    merged, other = (InTIClipForVideoClassification(config).eval() for _ in range(2))
+    randomise(other)
+    merged.vision_model.adaptation.temporal_embedding.P.requires_grad_(False)
+    merged.merge_adapters()
+    assert not merged.vision_model.adaptation.temporal_embedding.P.requires_grad
+    assert merged.vision_model.config is merged.config and merged.config is not config
+    other.save_pretrained(tmp_path)
+    pixel_values = clips()
+    with torch.no_grad():
+        loaded = InTIClipForVideoClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(pixel_values).logits, other(pixel_values).logits)
+
+
+def test_stochastic_depth_of_aim_spares_clip(tiny_config):
+    """With its own branches at zero nothing is left that a dropped path could change."""
+    model = InTIClipForVideoClassification(
+        tiny_config(compression="none", adaptation="aim", drop_path_rate=0.9)
+    ).train()
+    pixel_values = clips()
+    with torch.no_grad():
+        assert torch.equal(model(pixel_values).logits, model.eval()(pixel_values).logits)
+        randomise(model)
+        assert not torch.allclose(model.train()(pixel_values).logits, model.eval()(pixel_values).logits)
+
+
+def test_soft_selection_is_counted_finely_in_bfloat16():
+    scores = torch.rand(4, 16).bfloat16()
+    torch.manual_seed(0)
+    coarse = stts.perturbed_topk(scores, 3, 0.1)
+    torch.manual_seed(0)
+    assert torch.equal(coarse, stts.perturbed_topk(scores.float(), 3, 0.1))
+    assert_close(coarse.sum(dim=-1), torch.ones(4, 3))
 
 
 # Options
@@ -416,13 +465,20 @@ def test_trained_weights_alone(adaptation, build, tmp_path):
         ("compression", "sta", {"order": "F-B"}, "order must be"),
         ("compression", "sta", {"first_frame": "none"}, "first_frame must be one of tome, random, grid"),
         ("compression", "sta", {"similarity": "cosine"}, "similarity must be one of query, key, value"),
-        ("compression", "stts", {"temporal": [[0, 0.1]]}, "keeps none of 8 frames with a share of 0.1"),
+        (
+            "compression",
+            "stts",
+            {"temporal": [[0, 0.1]]},
+            "keeps none of 8 frames with a share of 0.1; raise the share, or give at least 10 frames",
+        ),
         ("compression", "stts", {"spatial": [[5, 0.5]]}, "block from 0 to 4"),
         ("compression", "stts", {"spatial": [[1, 0.5], [1, 0.5]]}, "each block once"),
         ("compression", "stts", {"temporal": 0.5}, "list of pairs"),
         ("compression", "stts", {"scorer": "deep"}, "scorer must be one of paper, released"),
         ("compression", "stts", {"sigma": -1}, "sigma must be a number from 0"),
+        ("compression", "stts", {"sigma": float("nan")}, "sigma must be a number from 0"),
         ("compression", "stts", {"num_samples": 0}, "num_samples must be a whole number from 1"),
+        ("compression", "stts", {"num_samples": None}, "num_samples must be a whole number from 1"),
         ("adaptation", "uniformerv2", {"preset": "k600"}, "preset must be one of k400, ssv2"),
         ("adaptation", "uniformerv2", {"local": "both"}, "local must be one of None, none, single, double"),
         ("adaptation", "uniformerv2", {"global_layers": 5}, "from 1 to 4"),
@@ -434,8 +490,13 @@ def test_trained_weights_alone(adaptation, build, tmp_path):
         ("adaptation", "zeroi2v", {"heads": {"-1": 3, "1": 2}}, "at most 4 together"),
         ("adaptation", "zeroi2v", {"heads": {"-1": 0.3}}, "numbers of heads"),
         ("adaptation", "zeroi2v", {"heads": 2}, "must map offsets"),
+        ("adaptation", "zeroi2v", {"heads": {"1": float("inf")}}, "must map offsets"),
+        ("adaptation", "zeroi2v", {"heads": [[1.9, 1]]}, "must map offsets"),
+        ("adaptation", "zeroi2v", {"heads": {"1": 1, "+1": 1}}, "must map offsets"),
+        ("adaptation", "zeroi2v", {"ratio": float("inf")}, "at least one channel of 48"),
         ("adaptation", "zeroi2v", {"dropout": 1}, "dropout must be at least 0 and below 1"),
         ("adaptation", "aim", {"num_tadapter": 3}, "num_tadapter must be 1 or 2"),
+        ("adaptation", "aim", {"num_tadapter": True}, "num_tadapter must be 1 or 2"),
         ("adaptation", "aim", {"ratio": 0.001}, "at least one channel of 48"),
         ("adaptation", "aim", {"scale": "half"}, "scale must be a number"),
         ("adaptation", "st_adapter", {"pre_mlp": False}, "needs pre_attention or pre_mlp"),
@@ -448,6 +509,19 @@ def test_bad_options_are_refused(word, method, options, message, tiny_config):
     with pytest.raises(ValueError, match=message) as caught:
         tiny_config(**{word: method, f"{word}_options": options})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "field, message",
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"num_attention_heads": 5}, "no multiple of 5 heads"),
+        ({"hidden_act": "nope"}, "hidden_act must be an activation"),
+    ],
+)
+def test_bad_towers_are_refused(field, message, tiny_config):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**field)
 
 
 def test_sta_needs_three_blocks(tiny_config):

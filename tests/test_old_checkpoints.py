@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_checkpoints.write import MODELS, clip
 from safetensors.torch import load_file
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from old_checkpoints.write import MODELS, clip
 
 
 FOLDER = Path(__file__).parent / "old_checkpoints"

@@ -1,0 +1,52 @@
+"""Push a trained model to the Hub, with code, card, example, handler and training log, in one commit.
+
+    python scripts/push_to_hub.py outputs/k400/best me/inti-clip-vitb-k400 --facts inti-clip-vitb-k400 --private
+
+Before anything is sent, a clean process without this package loads the files and must get the same logits. Pushing the
+same again makes no commit. Log in first with `hf auth login`, or set HF_TOKEN.
+"""
+
+import os
+import sys
+
+
+# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
+sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
+
+from dataclasses import asdict, dataclass, field
+
+from huggingface_hub.utils import enable_progress_bars
+from transformers.utils.logging import disable_progress_bar
+
+from hf_inti.hub import push_model
+from hf_inti.recipes import parse_arguments, run_script
+
+
+@dataclass
+class PushArguments:
+    model_dir: str = field(metadata={"help": "The trained model, such as best/ or last/ of train.py."})
+    repo_id: str = field(metadata={"help": "Where to: NAMESPACE/NAME. Created where it does not exist."})
+    private: bool = field(default=False, metadata={"help": "Create it private."})
+    facts: str | None = field(
+        default=None,
+        metadata={"help": "Facts for the card: a YAML file or a name in model_cards/; default: the run's."},
+    )
+    results: str | None = field(
+        default=None, metadata={"help": "results.json of evaluate.py; without it the card claims no accuracy."}
+    )
+    benchmark: str | None = field(
+        default=None, metadata={"help": "What hf_inti.comparison_measure wrote; without it the card claims no speed."}
+    )
+    example: str | None = field(default=None, metadata={"help": "An .mp4 to show; default: one is drawn."})
+    commit_message: str = field(default="Push model", metadata={"help": "Message of the commit."})
+    dry_run: bool = field(default=False, metadata={"help": "Only print the files and the card; no network, no token."})
+
+
+def main() -> None:
+    disable_progress_bar()  # of loading and saving weights ...
+    enable_progress_bars()  # ... but not of the upload
+    push_model(**asdict(parse_arguments(PushArguments, ["model_dir", "repo_id"], description=__doc__)))
+
+
+if __name__ == "__main__":
+    run_script(main)
