@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed, tqdm
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -125,11 +126,9 @@ def main() -> None:
     total_steps = training.max_steps or training.epochs * steps_per_epoch
     optimizer, scheduler = build_optimizer(model, training, steps_per_epoch, total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
     ema = None
     if training.ema_decay is not None:
         ema = AveragedModel(accelerator.unwrap_model(model), multi_avg_fn=get_ema_multi_avg_fn(training.ema_decay))
-        accelerator.register_for_checkpointing(ema)
     mixing = BatchMixing(
         num_classes=len(label_names),
         mixup_alpha=data.mixup_alpha,
@@ -153,6 +152,9 @@ def main() -> None:
         check_same_run(json.loads(run_file.read_text()), run)
         accelerator.load_state(str(resume_from))
         progress = json.loads((resume_from / "progress.json").read_text())
+        scheduler.load_state_dict(progress.pop("scheduler"))
+        if ema is not None:
+            ema.load_state_dict(load_file(resume_from / "ema.safetensors", device=str(accelerator.device)))
         bad.add(progress.pop("bad"))
         losses = [torch.tensor(loss, device=accelerator.device) for loss in progress.pop("losses")]
         metrics_size = progress.pop("metrics_size")
@@ -199,7 +201,11 @@ def main() -> None:
                 "bad": [f"{name}\t{reason}" for name, reason in bad.reasons.items()],
                 "losses": [loss.item() for loss in losses],
                 "metrics_size": log.size,
+                # Not registered with Accelerate, which would read them back as pickles of any kind.
+                "scheduler": scheduler.state_dict(),
             }
+            if ema is not None:
+                save_file(ema.state_dict(), part / "ema.safetensors")
             (part / "progress.json").write_text(json.dumps({**progress, **rest}))
             replace_folder(part, folder / f"step_{progress['step']}")
             for old in folder.iterdir():  # only the newest is of use
