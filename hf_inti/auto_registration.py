@@ -14,6 +14,7 @@ from importlib.util import find_spec
 # The classes through which every loading begins, by the modules that define them.
 ENTRANCES = {
     "transformers.models.auto.configuration_auto": ("AutoConfig", ("from_pretrained", "for_model")),
+    "transformers.models.auto.auto_factory": ("_BaseAutoModelClass", ("from_config",)),
     "transformers.models.auto.video_processing_auto": ("AutoVideoProcessor", ("from_pretrained",)),
 }
 _done = False
@@ -73,9 +74,11 @@ class _AutoFinder(MetaPathFinder):
 
 
 def _prepare(module) -> None:
-    auto_class, methods = ENTRANCES[module.__name__]
+    name, methods = ENTRANCES[module.__name__]
+    auto_class = getattr(module, name, None)
     for method in methods:
-        _register_first(getattr(module, auto_class), method)
+        if auto_class is not None and method in vars(auto_class):
+            _register_first(auto_class, method)
 
 
 def register_when_used() -> None:

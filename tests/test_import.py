@@ -74,6 +74,12 @@ def test_every_auto_class(auto, wanted, saved):
     run(f"{code}; assert type(x).__module__.startswith('hf_inti.') and type(x).__name__ == '{wanted}', type(x)", saved)
 
 
+@pytest.mark.slow
+def test_a_configuration_alone_makes_a_model(saved):
+    code = "import sys; from hf_inti.configuration_inti_clip import InTIClipVisionConfig"
+    run(f"{code}; from transformers import AutoModel; AutoModel.from_config(InTIClipVisionConfig.from_pretrained(sys.argv[1]))", saved)
+
+
 def test_public_names():
     assert set(hf_inti.__all__) <= set(dir(hf_inti))
     for name in hf_inti.__all__:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from hub_server import hub_fixture  # noqa: F401 (it is called hub)
 
 
