@@ -57,7 +57,12 @@ class ConvPool(GradientCheckpointingLayer):
         self.conv = MeanConv3d(width)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.conv(x.permute(0, 3, 1, 2)[..., None]).squeeze(-1).permute(0, 2, 3, 1), None
+        # As three linear layers, which on CPUs train many times faster than torch's 3-d convolution.
+        before, first, second = self.conv.weight[..., 0, 0].unbind(dim=2)  # (C, C) each
+        even, odd = x[:, 0::2], x[:, 1::2]
+        z = nn.functional.linear(even, first, self.conv.bias) + nn.functional.linear(odd, second)
+        earlier = nn.functional.linear(odd, before)  # of the pair before; the first pair has none
+        return z + nn.functional.pad(earlier, (0, 0, 0, 0, 1, -1)), None
 
 
 class _Pooling(Compression):
