@@ -9,6 +9,7 @@ import sys
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
+from threading import RLock
 
 
 # The classes through which every loading begins, by the modules that define them.
@@ -17,6 +18,7 @@ ENTRANCES = {
     "transformers.models.auto.auto_factory": ("_BaseAutoModelClass", ("from_config",)),
     "transformers.models.auto.video_processing_auto": ("AutoVideoProcessor", ("from_pretrained",)),
 }
+_lock = RLock()  # several threads may be the first
 _done = False
 
 
@@ -25,7 +27,13 @@ def register() -> None:
     global _done
     if _done:
         return
-    _done = True
+    with _lock:
+        if not _done:
+            _register()
+            _done = True
+
+
+def _register() -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # at the top it needs torchvision
 
@@ -33,10 +41,10 @@ def register() -> None:
     from .modeling_inti_clip import InTIClipForVideoClassification, InTIClipVisionModel
     from .video_processing_inti_clip import InTIClipVideoProcessor
 
-    AutoConfig.register(InTIClipVisionConfig.model_type, InTIClipVisionConfig)
-    AutoModel.register(InTIClipVisionConfig, InTIClipVisionModel)
-    AutoModelForVideoClassification.register(InTIClipVisionConfig, InTIClipForVideoClassification)
-    AutoVideoProcessor.register(InTIClipVisionConfig, InTIClipVideoProcessor)
+    AutoConfig.register(InTIClipVisionConfig.model_type, InTIClipVisionConfig, exist_ok=True)  # as after an interrupt
+    AutoModel.register(InTIClipVisionConfig, InTIClipVisionModel, exist_ok=True)
+    AutoModelForVideoClassification.register(InTIClipVisionConfig, InTIClipForVideoClassification, exist_ok=True)
+    AutoVideoProcessor.register(InTIClipVisionConfig, InTIClipVideoProcessor, exist_ok=True)
 
 
 def _register_first(auto_class: type, method: str) -> None:

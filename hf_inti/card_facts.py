@@ -82,7 +82,7 @@ def facts_of_run(model_dir: str | Path) -> dict:
         "limits": [],
     }
     known = {
-        "base_model": run["base_model"],
+        "base_model": run.get("base_model"),
         "license": "unknown",
         "dataset": dataset,
         "method": {name: getattr(config, name) for name in METHOD},
@@ -221,7 +221,7 @@ def load_config(model_dir: str | Path) -> InTIClipVisionConfig:
 
 def read_run(model_dir: str | Path) -> dict | None:
     path = Path(model_dir) / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return _read_json(path, {"command", "arguments", "versions"}, "train.py") if path.is_file() else None
 
 
 def read_text(path: Path) -> str:

@@ -12,8 +12,9 @@ import binascii
 import io
 import ipaddress
 import socket
-from urllib.error import URLError
-from urllib.parse import urlsplit
+import time
+from http.client import HTTPException
+from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
@@ -23,7 +24,8 @@ from transformers import AutoModelForVideoClassification, AutoProcessor
 REQUIREMENTS = "transformers>=5.17\ntorch>=2.11\nav>=16\n"  # requirements.txt beside handler.py
 MAX_BYTES = 64 * 2**20
 MAX_SECONDS = 600.0
-TIMEOUT = 30  # seconds for a download to say something
+MAX_PIXELS = 3840 * 2160  # of a frame
+TIMEOUT = 30  # seconds for a whole download
 FUNCTIONS = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
@@ -33,15 +35,31 @@ FUNCTIONS = {
 
 def check_address(url: str) -> None:
     """Raise a ValueError unless `url` is http(s) and leads out into the internet, not to this machine's own network."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80)
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        good = False
+    if not good:
         raise ValueError(f"the URL must begin with http:// or https:// and name a host, got {url[:100]!r}.")
     try:
         places = {place[4][0] for place in socket.getaddrinfo(parts.hostname, None)}
-    except OSError:
+    except (OSError, UnicodeError):
         raise ValueError(f"the host {parts.hostname!r} is not known; check the URL.") from None
-    if not all(ipaddress.ip_address(place.partition("%")[0]).is_global for place in places):
+    if not all(is_public(place) for place in places):
         raise ValueError(f"the host {parts.hostname!r} is not on the public internet; send the video itself instead.")
+
+
+def is_public(place: str) -> bool:
+    """Whether an address leads out into the internet, also where an IPv4 address is wrapped in an IPv6 one."""
+    address = ipaddress.ip_address(place.partition("%")[0])
+    if address.version == 6:
+        wrapped = address.ipv4_mapped or address.sixtofour
+        if wrapped is None and address in ipaddress.ip_network("64:ff9b::/96"):
+            wrapped = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if wrapped is not None:
+            address = wrapped
+    return address.is_global and not address.is_multicast
 
 
 class _CheckedRedirects(HTTPRedirectHandler):
@@ -53,17 +71,23 @@ class _CheckedRedirects(HTTPRedirectHandler):
 
 
 def download(url: str) -> bytes:
-    """The body at `url`, at most `MAX_BYTES`."""
+    """The body at `url`, at most one byte more than `MAX_BYTES`."""
     check_address(url)
+    end, body = time.monotonic() + TIMEOUT, bytearray()
+    # What a browser would write as %.. too; what is written so already stays.
+    request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "hf_inti"})
     try:
-        with build_opener(_CheckedRedirects).open(
-            Request(url, headers={"User-Agent": "hf_inti"}), timeout=TIMEOUT
-        ) as r:
-            body = r.read(MAX_BYTES + 1)
-    except (URLError, OSError) as error:  # an HTTP status, no connection, a time-out
+        with build_opener(_CheckedRedirects).open(request, timeout=TIMEOUT) as response:
+            while chunk := response.read1(2**20):
+                body += chunk
+                if len(body) > MAX_BYTES:
+                    break
+                if time.monotonic() > end:
+                    raise TimeoutError("too slow")
+    except (OSError, HTTPException, UnicodeError) as error:  # a status, no connection, a time-out, no HTTP
         reason = getattr(error, "code", None) or getattr(error, "reason", None) or type(error).__name__
         raise ValueError(f"the video could not be downloaded ({reason}); check the URL, or send the video.") from None
-    return body
+    return bytes(body)
 
 
 def read_video(inputs: str | bytes) -> bytes:
@@ -73,10 +97,12 @@ def read_video(inputs: str | bytes) -> bytes:
     elif not isinstance(inputs, str):
         kind = type(inputs).__name__
         raise ValueError(f"inputs must be one video, as a URL, base64 text or bytes; got {kind}.")
-    elif urlsplit(inputs[:2000]).scheme in ("http", "https"):
+    elif inputs[:8].lower().startswith(("http://", "https://")):
         body = download(inputs)
     else:
-        text = inputs.partition("base64,")[2] if inputs.startswith("data:") else inputs
+        head, comma, text = inputs.partition(",") if inputs.startswith("data:") else ("", "", inputs)
+        if comma and not head.endswith(";base64"):
+            raise ValueError('a "data:" address must hold base64: data:video/mp4;base64,...')
         if len(text) > MAX_BYTES // 3 * 4 + 4:
             raise ValueError(f"the video is larger than {MAX_BYTES // 2**20} MiB; send a shorter or smaller one.")
         try:
@@ -90,19 +116,31 @@ def read_video(inputs: str | bytes) -> bytes:
     return body
 
 
-def check_duration(body: bytes) -> None:
-    """Raise a ValueError for a video that says that it is longer than `MAX_SECONDS`, or is none."""
+def check_size(body: bytes) -> None:
+    """Raise a ValueError for a video that is longer than `MAX_SECONDS` or larger than `MAX_PIXELS`, or is none.
+
+    The length is read off the packets, of which nothing is decoded: what headers say may be missing or wrong.
+    """
     import av
 
+    seconds, packets = 0.0, 0
     try:
-        with av.open(io.BytesIO(body), "r") as container:
+        # No protocol is allowed but the bytes in hand: a playlist could name files of this machine and addresses.
+        options = {"protocol_whitelist": ""}
+        with av.open(io.BytesIO(body), "r", metadata_errors="ignore", options=options) as container:
             if not container.streams.video:
                 raise ValueError("the file holds no video; send one with a picture.")
-            seconds = (container.duration or 0) / av.time_base
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_PIXELS:
+                raise ValueError(f"frames of {stream.width} x {stream.height} are too large; scale the video down.")
+            for packet in container.demux(stream):
+                packets += packet.size > 0
+                if packet.pts is not None and packet.time_base is not None:
+                    seconds = max(seconds, float(packet.pts * packet.time_base))
+                if max(seconds, packets / 120) > MAX_SECONDS:  # no more than 120 frames a second without times
+                    raise ValueError(f"the video is longer than the {MAX_SECONDS:.0f} s that are taken; cut it.")
     except av.FFmpegError:
         raise ValueError("the bytes are no video that can be read; send a whole mp4, webm, mov or avi file.") from None
-    if seconds > MAX_SECONDS:
-        raise ValueError(f"the video is {seconds:.0f} s long, at most {MAX_SECONDS:.0f} are taken; cut it.")
 
 
 class EndpointHandler:
@@ -126,10 +164,10 @@ class EndpointHandler:
         top_k, function = parameters.get("top_k", 5), parameters.get("function_to_apply", "softmax")
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"top_k must be a whole number from 1, got {top_k!r}.")
-        if function not in FUNCTIONS:
+        if not isinstance(function, str) or function not in FUNCTIONS:
             raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {function!r}.")
         body = read_video(data["inputs"])
-        check_duration(body)
+        check_size(body)
         pixel_values = self.processor(body, return_tensors="pt")["pixel_values"]  # a damaged video is a ValueError
         with torch.inference_mode():
             logits = self.model(pixel_values=pixel_values.to(self.device, self.model.dtype)).logits[0].float().cpu()

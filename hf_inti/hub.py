@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
-from .hub_folder import check_contents, files_of, prepare_folder, validate_folder, without_token
+from .cards import FIGURE
+from .hub_folder import PICKLES, check_contents, files_of, prepare_folder, validate_folder, without_token
 
 
 FAILURES = (HTTPError, OSError, ValueError, KeyError, RuntimeError)  # all that huggingface_hub raises for a bad answer
@@ -30,6 +38,9 @@ STEPS = {
     "/api/models/": "looking the repository up",
 }
 ADVICE = {
+    400: "the Hub does not accept what was sent: correct it, and push again",
+    402: "the namespace {namespace} has no more room: see its billing",
+    422: "the Hub does not accept what was sent: correct it, and push again",
     401: "log in with `hf auth login`, or set HF_TOKEN to a token that is still valid",
     403: "this token has no write permission for {namespace}: use one that has, or another namespace",
     404: "there is no {repo_id} that this token can see: check the name, and push again",
@@ -37,7 +48,10 @@ ADVICE = {
     412: "the repository was changed at the same time: push again",
     429: "too many requests: wait some minutes, and push again",
 }
-WEIGHTS = r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?"
+# What an earlier push may have left that would be false beside the new model: weights, results, logs, any pickle.
+STALE = r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|\.eval_results/.*|run\.json|metrics\.jsonl|" + (
+    rf"{re.escape(FIGURE)}|.*({'|'.join(map(re.escape, PICKLES))})"
+)
 
 
 def push_model(
@@ -88,8 +102,8 @@ def push_folder(
     """Create the repository where there is none, and push the folder's files to it in one commit, or in none where
     they are all there already. Returns the repository's URL.
 
-    Weights that are there from an earlier push and not in `folder` are deleted by the same commit: they would be loaded
-    in place of the new ones. Other files are left alone.
+    What an earlier push left and is not in `folder` is deleted by the same commit where it would be false now: weights,
+    which would be loaded in place of the new ones, results, logs, the figure, pickles. Other files are left alone.
 
     Args:
         repo_id: "namespace/name".
@@ -103,19 +117,24 @@ def push_folder(
     files = files_of(Path(folder))
     check_contents(files)
     api = HfApi()
-    before = _persist(lambda: _find_or_create(api, repo_id, private), repo_id)
-    if private and not before.private:
+    if not commit_message.strip():
+        raise ValueError("commit_message is empty; say what is pushed.")
+    before, is_new = _persist(lambda: _find_or_create(api, repo_id, private), repo_id)
+    if private and not is_new and before.private is False:
         raise ValueError(f"{repo_id} exists and is public; make it private in its settings, or leave --private out.")
     deleted = []
 
     def commit():
         # All made anew each time: operations remember what was uploaded. Doing it again is safe: if the commit was made
         # and only its answer lost, all files are found unchanged, and no second commit is made.
-        there = [sibling.rfilename for sibling in api.model_info(repo_id).siblings or []]
-        deleted[:] = [name for name in there if name not in files and re.fullmatch(WEIGHTS, name)]
+        info = api.model_info(repo_id)
+        there = [sibling.rfilename for sibling in info.siblings or []]
+        deleted[:] = [name for name in there if name not in files and re.fullmatch(STALE, name)]
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
         operations += [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in deleted]
-        return api.create_commit(repo_id, operations, commit_message=commit_message)
+        # On top of what was looked at: with another push in between it is refused, and made anew from there.
+        parent = info.sha if info.sha and re.fullmatch(constants.REGEX_COMMIT_OID, info.sha) else None
+        return api.create_commit(repo_id, operations, commit_message=commit_message, parent_commit=parent)
 
     made = _persist(commit, repo_id)
     url = f"{api.endpoint}/{repo_id}"
@@ -124,16 +143,17 @@ def push_folder(
     else:
         print(f"Pushed {len(files)} files to {url} in one commit, {made.oid[:8]}.")
         if deleted:
-            print(f"The same commit deleted {', '.join(deleted)}: weights of an earlier push.")
+            print(f"The same commit deleted {', '.join(deleted)}: of an earlier push.")
     return url
 
 
 def _find_or_create(api: HfApi, repo_id: str, private: bool):
+    """What is known of the repository, and whether it was made just now."""
     try:
-        return api.model_info(repo_id)
+        return api.model_info(repo_id), False
     except RepositoryNotFoundError:  # status 404, and 401 from servers that do not tell whether it exists
         api.create_repo(repo_id, private=private or None)  # None: public, or as the organisation wants it
-        return api.model_info(repo_id)
+        return api.model_info(repo_id), True
 
 
 class Failure(NamedTuple):
@@ -182,7 +202,7 @@ def explain(error: BaseException, repo_id: str) -> Failure:
         advice = advice.format(repo_id=repo_id, namespace=repo_id.split("/")[0])
         text = f"{step} failed with status {status}{f' ({said})' if said else ''}: {advice}."
         lost_behind_a_gateway = status in (502, 504) and step == "committing"
-        return Failure(text, again and (status in (409, 412, 429) or status >= 500), lost_behind_a_gateway)
+        return Failure(text, again and (status in (408, 409, 412, 429) or status >= 500), lost_behind_a_gateway)
     if lost is not None:
         reason = without_token(str(lost)) or type(lost).__name__
         text = f"{step} failed, the connection was lost ({reason}): check the network, and push again."
@@ -200,8 +220,13 @@ def _path_of(asked) -> str:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a ValueError unless it is "namespace/name"."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
+    """Raise a ValueError unless it is "namespace/name", both as the Hub takes them."""
+    try:
+        validate_repo_id(repo_id)
+        good = repo_id.count("/") == 1
+    except HFValidationError:
+        good = False
+    if not good:
         raise ValueError(f"the repository must be given as NAMESPACE/NAME, such as me/inti-clip, got {repo_id!r}.")
 
 

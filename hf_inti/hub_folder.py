@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, get_token
 from safetensors.torch import load_file, save_file
 
 from . import handler
+from .card_facts import read_run
 from .cards import EXAMPLE, FIGURE, draw_figure, facts_of_run, load_facts, render_card, write_eval_results
 from .modeling_inti_clip import InTIClipForVideoClassification
 from .video_processing_inti_clip import InTIClipVideoProcessor
@@ -97,14 +98,20 @@ def prepare_folder(
         draw_example(folder / EXAMPLE)
     else:
         copy_example(Path(example), folder / EXAMPLE)
-    run_dir = next((place for place in (model_dir, model_dir.parent) if (place / "run.json").is_file()), None)
-    if run_dir is not None:
-        run, changed = public_run(json.loads((run_dir / "run.json").read_text()))
+    # train.py leaves run.json beside the model too, metrics.jsonl in the folder above alone.
+    found = {
+        name: next((place / name for place in (model_dir, model_dir.parent) if (place / name).is_file()), None)
+        for name in ("run.json", "metrics.jsonl")
+    }
+    if found["run.json"] is not None:
+        run, changed = public_run(read_run(found["run.json"].parent))
         (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
         if changed:
             notes.append(f"run.json: local paths, user name and credentials taken out of {', '.join(changed)}.")
-        if (run_dir / "metrics.jsonl").is_file():
-            shutil.copyfile(run_dir / "metrics.jsonl", folder / "metrics.jsonl")
+        if found["metrics.jsonl"] is not None:
+            shutil.copyfile(found["metrics.jsonl"], folder / "metrics.jsonl")
+    elif facts is None:
+        raise ValueError(f"{model_dir} has no run.json, so it is not from train.py; write a facts file and give that.")
     draw_figure(folder, folder / EXAMPLE, folder / FIGURE)
     facts = facts_of_run(folder) if facts is None else load_facts(facts)
     render_card(facts, folder, repo_id, results=results, benchmark=benchmark).save(folder / "README.md")
@@ -160,7 +167,8 @@ def check_contents(files: dict[str, Path]) -> None:
             if path.suffix in (".safetensors", ".mp4", ".png"):
                 continue
             text = (head + file.read()).decode(errors="replace")
-        if re.search(TOKEN, text) or (token and token in text):
+        # A short one, which no real token is, may stand in any text by chance.
+        if re.search(TOKEN, text) or (token and len(token) >= 16 and token in text):
             raise ValueError(f"{name} holds a token of the Hub: take it out, and revoke the token if others saw it.")
 
 
@@ -229,7 +237,11 @@ def public_run(run: dict) -> tuple[dict, list[str]]:
     Of local paths only the last part stays, of URLs no credentials and no query, and the user's name becomes "user".
     Class names in the configuration stay as they are.
     """
-    user, changed = getpass.getuser(), []
+    changed = []
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run as nobody that it knows
+        user = None
 
     def clean(value, *place):
         if isinstance(value, dict):
@@ -246,14 +258,18 @@ def public_run(run: dict) -> tuple[dict, list[str]]:
     return clean(run), changed
 
 
-def _public(text: str, user: str) -> str:
+def _public(text: str, user: str | None) -> str:
     flag, equals, value = text.rpartition("=") if text.startswith("-") else ("", "", text)
     if re.match(r"~|\.\.([\\/]|$)|[\\/]|[A-Za-z]:[\\/]", value):
         value = PurePosixPath(value.replace("\\", "/")).name
     value = re.sub(r"://[^/\s@]*@", "://", value)
     value = re.sub(r"(://[^\s?]*)\?\S*", r"\1", value)
-    value = value.replace(str(Path.home()), "~") if Path.home() != Path("/") else value
-    return flag + equals + re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", "user", re.sub(TOKEN, "***", value))
+    home = os.path.expanduser("~")
+    value = value.replace(home, "~") if home not in ("/", "~") else value
+    value = re.sub(TOKEN, "***", value)
+    if user:
+        value = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", "user", value)
+    return flag + equals + value
 
 
 def draw_example(path: Path, num_frames: int = 32, size: int = 160) -> None:

@@ -285,7 +285,9 @@ class VideoReader:
         """The file and its first video stream, opened anew: a pass inherits no state from the one before."""
         try:
             self._file.seek(0)
-            container = self._av.open(self._file, mode="r", metadata_errors="ignore")
+            # No protocol but the file in hand: a playlist would let a video read other files, and the network.
+            options = {"protocol_whitelist": ""}
+            container = self._av.open(self._file, mode="r", metadata_errors="ignore", options=options)
         except Exception as error:
             raise self._error(f"not a video that can be opened: {_one_line(error)}") from error
         with container:

@@ -130,6 +130,7 @@ def draw_compression(outputs, frames: torch.Tensor, patch_size: int, path, title
     """
     if outputs.interpolation_weights:
         weights = cascaded_weights(outputs.interpolation_weights)[0, :, 1:].float().cpu()  # (T', N)
+        weights = weights.round(decimals=4)  # the same picture whatever the last bits, which hang on threads
         shown = frames[:: len(frames) // len(weights)]
         merged = outputs.interpolation_weights[-1].shape[1]
         figure4(shown, weights.unflatten(1, (frames.shape[-2] // patch_size, -1)), merged, path, title)

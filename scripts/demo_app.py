@@ -60,6 +60,9 @@ footer { display: none !important; }
 }
 """
 
+# No protocol but the file in hand, for playlists would read others; odd metadata is no reason to refuse a video.
+OPENING = {"metadata_errors": "ignore", "options": {"protocol_whitelist": ""}}
+
 
 @dataclass
 class DemoArguments:
@@ -117,7 +120,7 @@ def open_clip(path: str, args: DemoArguments) -> io.BytesIO:
         raise VideoDecodingError(f"{name}: larger than {args.max_megabytes} MiB (cut or compress it)")
     file = io.BytesIO(Path(path).read_bytes())
     file.name = name
-    with suppress(Exception), av.open(file) as container:  # headers may be wrong, but cost nothing to read
+    with suppress(Exception), av.open(file, **OPENING) as container:  # headers may be wrong, but cost nothing to read
         seconds = (container.duration or 0) / av.time_base
         pixels = max((stream.width * stream.height for stream in container.streams.video), default=0)
     if pixels > args.max_pixels:

@@ -298,10 +298,10 @@ def main() -> None:
             print(bad.report())
         best = f", the best (top-1 {progress['best']:.1%}) in {output_dir / 'best'}" if eval_loader else ""
         print(f"Trained {progress['step']} steps; the model is in {output_dir / 'last'}{best}.")
-        if training.push_to_hub is not None:
-            trained = output_dir / ("best" if eval_loader else "last")
-            push_model(trained, training.push_to_hub, private=training.hub_private)
     end_processes(accelerator)
+    if training.push_to_hub is not None and accelerator.is_main_process:  # the others need not wait for it
+        trained = output_dir / ("best" if eval_loader else "last")
+        push_model(trained, training.push_to_hub, private=training.hub_private)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,19 @@ def test_url_bytes_and_base64_give_the_models_answer(handler, repository, server
         ({"inputs": "http://localhost:8080/clip.mp4"}, "not on the public internet"),
         ({"inputs": "http://169.254.169.254/latest/meta-data"}, "not on the public internet"),
         ({"inputs": "http:///clip.mp4"}, "name a host"),
+        ({"inputs": "http://1.1.1.1:abc/clip.mp4"}, "name a host"),
+        ({"inputs": "http://[::1/clip.mp4"}, "neither a URL nor base64|name a host"),
+        ({"inputs": "http://[64:ff9b::7f00:1]/clip.mp4"}, "not on the public internet"),
+        ({"inputs": "http://[2002:7f00:1::]/clip.mp4"}, "not on the public internet"),
+        ({"inputs": "http://224.0.0.1/clip.mp4"}, "not on the public internet"),
+        ({"inputs": "data:video/mp4,abcd"}, "must hold base64"),
+        ({"inputs": b"ffconcat version 1.0\nfile clip.mp4\n"}, "no video that can be read"),
+        ({"inputs": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"}, "no video that can be read"),
+        (
+            {"inputs": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5000 RTP/AVP 96\n"},
+            "no video that can",
+        ),
+        ({"inputs": b"x", "parameters": {"function_to_apply": []}}, "one of softmax, sigmoid, none"),
         ({"inputs": b"x", "parameters": {"top_k": 0}}, "top_k must be a whole number from 1, got 0"),
         ({"inputs": b"x", "parameters": {"topk": 1}}, "may hold top_k and function_to_apply"),
         ({"inputs": b"x", "parameters": [1]}, "may hold top_k and function_to_apply"),
@@ -132,7 +145,11 @@ def test_downloads_that_fail(handler, server, open_network):
 def test_limits(handler, module, repository, server, open_network, monkeypatch):
     body = (repository / "clip.mp4").read_bytes()
     monkeypatch.setattr(module, "MAX_SECONDS", 1.0)
-    with pytest.raises(ValueError, match="1 s long, at most 1 are taken"):
+    with pytest.raises(ValueError, match="longer than the 1 s that are taken"):
+        handler({"inputs": body})
+    monkeypatch.setattr(module, "MAX_SECONDS", 100.0)
+    monkeypatch.setattr(module, "MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match="frames of 48 x 48 are too large"):
         handler({"inputs": body})
     monkeypatch.setattr(module, "MAX_BYTES", 1000)
     for inputs in (body, base64.b64encode(body).decode(), f"{server}/clip.mp4"):

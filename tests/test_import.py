@@ -77,7 +77,8 @@ def test_every_auto_class(auto, wanted, saved):
 @pytest.mark.slow
 def test_a_configuration_alone_makes_a_model(saved):
     code = "import sys; from hf_inti.configuration_inti_clip import InTIClipVisionConfig"
-    run(f"{code}; from transformers import AutoModel; AutoModel.from_config(InTIClipVisionConfig.from_pretrained(sys.argv[1]))", saved)
+    code += "; from transformers import AutoModel; config = InTIClipVisionConfig.from_pretrained(sys.argv[1])"
+    run(f"{code}; AutoModel.from_config(config)", saved)
 
 
 def test_public_names():
