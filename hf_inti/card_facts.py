@@ -1,9 +1,12 @@
 """The facts of a model card, and what has to agree with them: model, recipe, training run, what scripts measured."""
 
+import getpass
 import hashlib
 import json
+import os
+import re
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 import yaml
@@ -20,6 +23,7 @@ from .video_processing_inti_clip import InTIClipVideoProcessor
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
+TOKEN = r"\bhf_[A-Za-z0-9]{20,}"  # what a token of the Hub looks like
 # Fields of the configuration: ours, and those of CLIP's tower.
 METHOD = "num_frames compression compression_layers compression_options adaptation adaptation_options".split()
 TOWER = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size".split()
@@ -74,7 +78,7 @@ def facts_of_run(model_dir: str | Path) -> dict:
     data = run["arguments"]["DataArguments"]
     on_hub = data["layout"] == "hub"
     dataset = {
-        "name": data["train_dir"] if on_hub else Path(data["train_dir"]).name,
+        "name": data["train_dir"] if on_hub else _name_of(Path(data["train_dir"])),
         "id": data["train_dir"] if on_hub else None,
         "split": data["eval_split"],
         "num_labels": config.num_labels,
@@ -90,6 +94,12 @@ def facts_of_run(model_dir: str | Path) -> dict:
     return {**dict.fromkeys(FACTS), **known}
 
 
+def _name_of(place: Path) -> str:
+    """What a dataset is called: its folder, not that of its training part nor a list in it."""
+    place = place.parent if place.suffix else place
+    return place.parent.name if place.name in ("train", "training") and place.parent.name else place.name
+
+
 def fingerprint(model: InTIClipForVideoClassification) -> str:
     """SHA-256 of a model's method, labels and weights: by it a results file is known to be of a model."""
     config = model.config
@@ -100,6 +110,28 @@ def fingerprint(model: InTIClipForVideoClassification) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def public_text(text: str) -> str:
+    """What may be public of a setting or a word of a command line.
+
+    Of local paths only the last part stays, of URLs no credentials and no query, and the user's name becomes "user".
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run as nobody that it knows
+        user = None
+    flag, equals, value = text.rpartition("=") if text.startswith("-") else ("", "", text)
+    if re.match(r"(file:)?(~|\.\.([\\/]|$)|[\\/]|[A-Za-z]:[\\/])", value):
+        value = PurePosixPath(value.replace("\\", "/")).name
+    value = re.sub(r"://[^/\s@]*@", "://", value)
+    value = re.sub(r"(://[^\s?]*)\?\S*", r"\1", value)
+    home = os.path.expanduser("~")
+    value = value.replace(home, "~") if home not in ("/", "~") else value
+    value = re.sub(TOKEN, "***", value)
+    if user:
+        value = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", "user", value)
+    return flag + equals + value
 
 
 def check_keys(facts: dict, where: str) -> None:

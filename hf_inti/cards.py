@@ -25,6 +25,7 @@ from .card_facts import (
     facts_of_run,
     load_config,
     load_facts,
+    public_text,
     read_benchmark,
     read_results,
     read_run,
@@ -176,8 +177,7 @@ def _header(recipe: Path) -> dict[str, str]:
 
 
 def _public(command: list[str]) -> str:
-    """A command line without the folders of the machine that it ran on: they hold names of people."""
-    words = [re.sub(r"(^|=)(?:/|~|\.\.).*?([^/]*)/?$", r"\1\2", word) for word in command[1:]]
+    words = [public_text(word) for word in command[1:]]
     return shlex.join(["python", f"scripts/{Path(command[0]).name}", *words])
 
 

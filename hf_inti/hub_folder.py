@@ -4,7 +4,6 @@ Written: model, processor and the code that loads them, card, figure, example cl
 training log, results. `hf_inti.hub` pushes the folder.
 """
 
-import getpass
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from huggingface_hub import ModelCard, get_token
 from safetensors.torch import load_file, save_file
 
 from . import handler
-from .card_facts import read_run
+from .card_facts import TOKEN, public_text, read_run
 from .cards import EXAMPLE, FIGURE, draw_figure, facts_of_run, load_facts, render_card, write_eval_results
 from .modeling_inti_clip import InTIClipForVideoClassification
 from .video_processing_inti_clip import InTIClipVideoProcessor
@@ -29,7 +28,6 @@ from .video_processing_inti_clip import InTIClipVideoProcessor
 MAX_EXAMPLE_BYTES = 10 * 2**20
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 OF_TRAINER = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")  # pickles, but no weights
-TOKEN = r"\bhf_[A-Za-z0-9]{20,}"  # what a token of the Hub looks like
 # What a stranger does with the repository: no hf_inti, no network, no token.
 STRANGER = """
 import sys
@@ -238,10 +236,6 @@ def public_run(run: dict) -> tuple[dict, list[str]]:
     Class names in the configuration stay as they are.
     """
     changed = []
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run as nobody that it knows
-        user = None
 
     def clean(value, *place):
         if isinstance(value, dict):
@@ -250,26 +244,12 @@ def public_run(run: dict) -> tuple[dict, list[str]]:
             return [clean(item, *place) for item in value]
         if not isinstance(value, str) or (place[0] == "config" and place[-1] != "_name_or_path"):
             return value
-        public = _public(value, user)
+        public = public_text(value)
         if public != value and ".".join(place) not in changed:
             changed.append(".".join(place))
         return public
 
     return clean(run), changed
-
-
-def _public(text: str, user: str | None) -> str:
-    flag, equals, value = text.rpartition("=") if text.startswith("-") else ("", "", text)
-    if re.match(r"~|\.\.([\\/]|$)|[\\/]|[A-Za-z]:[\\/]", value):
-        value = PurePosixPath(value.replace("\\", "/")).name
-    value = re.sub(r"://[^/\s@]*@", "://", value)
-    value = re.sub(r"(://[^\s?]*)\?\S*", r"\1", value)
-    home = os.path.expanduser("~")
-    value = value.replace(home, "~") if home not in ("/", "~") else value
-    value = re.sub(TOKEN, "***", value)
-    if user:
-        value = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", "user", value)
-    return flag + equals + value
 
 
 def draw_example(path: Path, num_frames: int = 32, size: int = 160) -> None:

@@ -598,6 +598,7 @@ def test_the_whole_way(tmp_path):
         command = [sys.executable, ROOT / "scripts" / "push_to_hub.py", "mine/last", REPO]
         shown = run(command, here, tmp_path)
         assert "Pushed" in shown[0] and server.commits(REPO) == 1
+        assert {"metrics.jsonl", "run.json"} <= set(server.files(REPO))
         assert WRITE not in "".join(shown)
 
         run([sys.executable, "-m", "venv", "--without-pip", "fresh"], here, tmp_path)

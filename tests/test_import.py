@@ -75,6 +75,19 @@ def test_every_auto_class(auto, wanted, saved):
 
 
 @pytest.mark.slow
+def test_several_threads_may_be_the_first(saved):
+    code = """
+import sys, hf_inti
+from concurrent.futures import ThreadPoolExecutor
+from transformers import AutoConfig
+with ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(AutoConfig.from_pretrained, [sys.argv[1]] * 8))
+assert {type(config).__name__ for config in found} == {"InTIClipVisionConfig"}
+"""
+    run(code, saved)
+
+
+@pytest.mark.slow
 def test_a_configuration_alone_makes_a_model(saved):
     code = "import sys; from hf_inti.configuration_inti_clip import InTIClipVisionConfig"
     code += "; from transformers import AutoModel; config = InTIClipVisionConfig.from_pretrained(sys.argv[1])"

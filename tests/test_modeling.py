@@ -308,3 +308,12 @@ def test_import_is_light():
     code = f"import sys, hf_inti; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_weights_that_are_cut_off_are_said(tiny_config, tmp_path):
+    InTIClipForVideoClassification(tiny_config()).save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for part in (b"", whole[:1000], whole[: len(whole) // 2]):
+        (tmp_path / "model.safetensors").write_bytes(part)
+        with pytest.raises(ValueError, match="are damaged or cut off .*fetch or write them again"):
+            InTIClipForVideoClassification.from_pretrained(tmp_path)

@@ -69,11 +69,13 @@ def test_trainer_pushes_and_our_card_comes_last(hub, tmp_path):  # noqa: F811
 
     run("-c", TRAIN, str(tmp_path / "trained"))
     files = hub.files("me/inti-clip-trained")
-    assert {"model.safetensors", "config.json", "modeling_inti_clip.py", "video_preprocessor_config.json"} <= set(files)
+    assert {"model.safetensors", "config.json", "modeling_inti_clip.py", "training_args.bin"} <= set(files)
     run("-c", LOAD)
     (tmp_path / "facts.yaml").write_text(FACTS)
     script = ROOT / "scripts" / "push_to_hub.py"
     run(str(script), str(tmp_path / "trained"), "me/inti-clip-trained", "--facts", str(tmp_path / "facts.yaml"))
-    card = hub.files("me/inti-clip-trained")["README.md"].decode()
+    files = hub.files("me/inti-clip-trained")
+    assert not [name for name in files if name.endswith(".bin")]  # Trainer's training_args.bin is a pickle
+    card = files["README.md"].decode()
     assert "pipeline_tag: video-classification" in card and "InTI" in card
     run("-c", LOAD)

@@ -550,3 +550,23 @@ def test_without_pyav(monkeypatch, clip):
     monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
     with pytest.raises(ImportError, match="pip install av"):
         VideoReader(clip)
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "ffconcat version 1.0\nfile other.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{folder}/other.mp4\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5000 RTP/AVP 96\n",
+    ],
+)
+@pytest.mark.parametrize("name", ["list.mp4", "list.m3u8", "list.sdp"])
+def test_playlists_reach_no_other_file(playlist, name, tmp_path):
+    write_video(tmp_path / "other.mp4")
+    path = tmp_path / name
+    path.write_text(playlist.format(folder=tmp_path))
+    file = io.BytesIO(path.read_bytes())
+    file.name = str(path)
+    for source in (path, path.read_bytes(), file):
+        with pytest.raises(VideoDecodingError):
+            probe_video(source)
