@@ -38,14 +38,14 @@ demo: .venv/installed
 	$(RUN) scripts/report_demo.py
 
 test: .venv/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 lint: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 check: lint
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n auto --dist loadfile -m "not slow"
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache

@@ -32,6 +32,6 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
-        "test": [*TRAIN, *DEMO, "peft>=0.21", "pytest>=9", "ruff>=0.15", "selenium>=4.40"],
+        "test": [*TRAIN, *DEMO, "peft>=0.21", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.15", "selenium>=4.40"],
     },
 )

@@ -9,6 +9,10 @@ import torch
 from hf_inti import InTIClipVisionConfig
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes that run the tests share the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
 TINY = {
     "hidden_size": 48,
     "intermediate_size": 96,
