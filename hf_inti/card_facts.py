@@ -67,26 +67,21 @@ def load_facts(path_or_name: str | Path) -> dict:
 
 
 def facts_of_run(model_dir: str | Path) -> dict:
-    """The facts of a model that scripts/train.py left, from its config.json and run.json.
+    """The facts of any model, from its config.json and, where scripts/train.py left it, run.json.
 
     The licence of the weights is "unknown": it is their owner's to choose, in a facts file. No path gets in: the
     dataset has its folder's name, the base model none unless it is on the Hub. Raises ValueError if a file is missing.
     """
     config, run = load_config(model_dir), read_run(model_dir)
-    if run is None:
-        raise ValueError(f"{model_dir} has no run.json, so it is not from train.py; write a facts file and give that.")
-    data = run["arguments"]["DataArguments"]
-    on_hub = data["layout"] == "hub"
-    dataset = {
-        "name": data["train_dir"] if on_hub else _name_of(Path(data["train_dir"])),
-        "id": data["train_dir"] if on_hub else None,
-        "split": data["eval_split"],
-        "num_labels": config.num_labels,
-        "terms": None,
-        "limits": [],
-    }
+    dataset = {"name": "data that this card does not name", "id": None, "split": "test"}
+    if run is not None:
+        data = run["arguments"]["DataArguments"]
+        dataset = {"name": _name_of(Path(data["train_dir"])), "id": None, "split": data["eval_split"]}
+        if data["layout"] == "hub":
+            dataset |= {"name": data["train_dir"], "id": data["train_dir"]}
+    dataset |= {"num_labels": config.num_labels, "terms": None, "limits": []}
     known = {
-        "base_model": run.get("base_model"),
+        "base_model": run and run.get("base_model"),
         "license": "unknown",
         "dataset": dataset,
         "method": {name: getattr(config, name) for name in METHOD},

@@ -161,7 +161,10 @@ def infer_config(state_dict: dict, method: str, num_frames: int | None = None) -
     places = state_dict["positional_embedding"].shape[0] - 1
     depth = 1 + max(int(i) for name in state_dict for i in re.findall(BLOCK, name))
     if "temporal_embedding" in state_dict:
-        num_frames = state_dict["temporal_embedding"].shape[1]
+        told = state_dict["temporal_embedding"].shape[1]
+        if num_frames not in (None, told):
+            raise ValueError(f"these weights are of {told} frames, got num_frames {num_frames}; leave it out.")
+        num_frames = told
     if num_frames is None:
         raise ValueError("these weights do not tell the number of frames they were trained on; give num_frames.")
 
@@ -169,7 +172,10 @@ def infer_config(state_dict: dict, method: str, num_frames: int | None = None) -
         return any(part in name for name in state_dict)
 
     def shape(suffix: str):
-        return next(value.shape for name, value in state_dict.items() if name.endswith(suffix))
+        for name, value in state_dict.items():
+            if name.endswith(suffix):
+                return value.shape
+        raise ValueError(f"these are not the weights of {method} on CLIP: there is no {suffix} among them.")
 
     options: dict = {}
     if method == "uniformerv2":

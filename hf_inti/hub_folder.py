@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -108,8 +108,6 @@ def prepare_folder(
             notes.append(f"run.json: local paths, user name and credentials taken out of {', '.join(changed)}.")
         if found["metrics.jsonl"] is not None:
             shutil.copyfile(found["metrics.jsonl"], folder / "metrics.jsonl")
-    elif facts is None:
-        raise ValueError(f"{model_dir} has no run.json, so it is not from train.py; write a facts file and give that.")
     draw_figure(folder, folder / EXAMPLE, folder / FIGURE)
     facts = facts_of_run(folder) if facts is None else load_facts(facts)
     render_card(facts, folder, repo_id, results=results, benchmark=benchmark).save(folder / "README.md")

@@ -41,7 +41,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: no zip, no pickle, or objects that weights_only refuses
-        raise ValueError(f"{path} holds no plain weights: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} holds no plain weights that can be read ({type(error).__name__}).") from error
     for name in CONTAINERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded = loaded[name]

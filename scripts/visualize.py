@@ -35,9 +35,7 @@ def main() -> None:
     score, label = out.logits.softmax(-1)[0].max(-1)
     title = f"{Path(args.video).name}: {model.config.id2label[label.item()]} ({score:.0%})"
     if not draw_compression(out, frames[0] / 255, model.config.patch_size, Path(args.output), title):
-        raise ValueError(
-            f"there is nothing to draw: compression {model.config.compression!r} neither weighs nor changes tokens."
-        )
+        raise ValueError(f"there is nothing to draw: no picture exists of compression {model.config.compression!r}.")
     print(f"The picture is in {args.output}")
 
 

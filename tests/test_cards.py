@@ -240,8 +240,8 @@ def test_wrong_use(tmp_path):
     with pytest.raises(ValueError, match="holds no InTI-CLIP"):
         render_card(load_facts(VITB), tmp_path, f"me/{VITB}")
     save_parts(VITB, tmp_path)
-    with pytest.raises(ValueError, match="has no run.json"):
-        facts_of_run(tmp_path)
+    card = render_card(facts_of_run(tmp_path), tmp_path, "me/mine")  # without a run.json
+    assert "on data that this card does not name." in card.text and card.data.license == "unknown"
     with pytest.raises(ValueError, match="Repo id"):
         render_card(load_facts(VITB), tmp_path, "a/b/c")
 

@@ -623,7 +623,7 @@ def test_visualize(run, trained, data, tmp_path):
         InTIClipVideoProcessor.from_pretrained(trained[0] / "best").save_pretrained(tmp_path / compression)
     done = run("visualize", tmp_path / "tome", video, "--output", tmp_path / "tokens.png")
     assert done.code == 0 and (tmp_path / "tokens.png").stat().st_size > 10000
-    assert "nothing to draw: compression 'none'" in run("visualize", tmp_path / "none", video).error
+    assert "no picture exists of compression 'none'" in run("visualize", tmp_path / "none", video).error
 
 
 # Wrong use ----------------------------------------------------------------------------------------
