@@ -111,9 +111,12 @@ def compared(folder):
         begun = []
         start = comparison_processes.start
         patch.setattr(comparison_processes, "start", lambda *job: begun.append(start(*job)) or begun[-1])
+        # A process that was started in the background ignores what Ctrl-C sends.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.MonkeyPatch.context() as interruption, contextlib.redirect_stderr(io.StringIO()) as error:
             interruption.setattr(comparison_processes.time, "sleep", stop)
             assert main(arguments(folder)) == 130
+        signal.signal(signal.SIGINT, handler)
         assert error.getvalue().splitlines()[-1] == "Stopped; the same command goes on from here."
         assert len(begun) >= 3 and all(process.returncode is not None for process in begun)
         assert not (out / "comparison.md").exists()
