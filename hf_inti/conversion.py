@@ -155,6 +155,10 @@ def infer_config(state_dict: dict, method: str, num_frames: int | None = None) -
     What they do not tell keeps its default: which blocks UniFormerV2 reads (the last), ZeroI2V's heads and scale, AIM's
     scale. Heads are 64 wide, as in every CLIP. `num_frames` is needed unless a temporal embedding tells.
     """
+    signs = {"uniformerv2": "transformer.dec.", "st_adapter": ".adapter_pre_"}
+    for wanted in ("conv1.weight", "positional_embedding", "transformer.resblocks.", signs.get(method, "")):
+        if not any(wanted in name for name in state_dict):
+            raise ValueError(f"these are not the weights of {method} on CLIP: there is no {wanted} among them.")
     width, channels = state_dict["conv1.weight"].shape[:2]
     patch = state_dict["conv1.weight"].shape[-1]
     taps = state_dict["conv1.weight"].shape[2]  # in time, where it is a 3-d convolution

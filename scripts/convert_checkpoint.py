@@ -60,6 +60,7 @@ def main() -> None:
     fields["adaptation_options"].update(args.adaptation_options or {})
     if args.num_attention_heads:
         fields["num_attention_heads"] = args.num_attention_heads
+    has_head = "num_labels" in fields
     if args.labels:
         names = Path(args.labels).read_text().split("\n")
         names = [name.strip() for name in names if name.strip()]
@@ -70,8 +71,9 @@ def main() -> None:
     config = InTIClipVisionConfig(**fields)
     model = InTIClipForVideoClassification(config)
     missing, unexpected = model.load_state_dict(convert_state_dict(released, method), strict=False)
-    # UniFormerV2 has no use for CLIP's last LayerNorm, and merged ZeroI2V may come without a head.
-    allowed = ("vision_model.post_layernorm.", *(() if "num_labels" in fields or args.labels else ("classifier.",)))
+    # UniFormerV2 has no use for CLIP's last LayerNorm, and the other methods' files may be without a head.
+    allowed = ("vision_model.post_layernorm.",) if method == "uniformerv2" else ()
+    allowed += () if has_head else ("classifier.",)
     wrong = unexpected + [name for name in missing if not name.startswith(allowed)]
     if wrong:
         raise ValueError(f"the weights do not make a whole {method} model, as at {wrong[0]}; give adaptation_options.")
@@ -83,7 +85,7 @@ def main() -> None:
         crop_size={"height": size, "width": size},
         **NORMALISATION.get(method, {}),
     ).save_pretrained(args.output_dir)
-    head = "without a head (a new one was made)" if any(name.startswith("classifier.") for name in missing) else ""
+    head = "" if has_head else "without a head (a new one was made)"
     print(f"{method} {fields['adaptation_options']} {head}\nThe model is in {args.output_dir}")
 
 

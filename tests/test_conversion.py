@@ -95,6 +95,8 @@ def test_half_precision_becomes_full(released):
     "change, message",
     [
         (lambda w: w.pop("class_embedding"), "one class_embedding, this one has 0"),
+        (lambda w: w.pop("conv1.weight"), "there is no conv1.weight among them"),
+        (lambda w: w.pop("ln_post.bias"), "do not make a whole st_adapter model"),
         (lambda w: w.update({"transformer.resblocks.0.novel.weight": torch.ones(1)}), "no parameter of st_adapter"),
         (lambda w: w.pop("transformer.resblocks.1.ln_2.bias"), "do not make a whole st_adapter model"),
         (lambda w: [w.pop(n) for n in list(w) if "adapter" in n], "none of their modules"),
@@ -106,6 +108,26 @@ def test_what_is_no_released_file_is_said(change, message, released, convert, tm
     save_file(weights, tmp_path / "w.safetensors")
     with pytest.raises(SystemExit, match=message):
         convert(tmp_path / "w.safetensors", tmp_path / "out", "--num_frames", "8")
+
+
+def test_weights_without_a_head_get_a_new_one(released, convert, tmp_path):
+    weights, tensors = released("aim_model_2t")
+    save_file(weights, tmp_path / "w.safetensors")
+    (tmp_path / "labels.txt").write_text("left\nright\n")
+    flags = ["--num_attention_heads", 4, "--adaptation_options", '{"scale": 1.0}', "--labels", tmp_path / "labels.txt"]
+    convert(tmp_path / "w.safetensors", tmp_path / "out", *flags)
+    model = InTIClipForVideoClassification.from_pretrained(tmp_path / "out").double().eval()
+    assert model.config.id2label == {0: "left", 1: "right"}
+    feature = model.vision_model(tensors["in.pixels"].double().transpose(1, 2)).pooler_output
+    assert_close(feature, tensors["out64.video_feature"].double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["uniformerv2", "zeroi2v", "aim"])
+def test_weights_of_another_method_are_said(method, released, convert, tmp_path):
+    save_file(released("stadapter_model_pre_mlp")[0], tmp_path / "w.safetensors")
+    with pytest.raises(SystemExit, match="no parameter of|not the weights of|do not make a whole"):
+        flags = ["--num_frames", 8, "--num_attention_heads", 4, "--adaptation", method]
+        convert(tmp_path / "w.safetensors", tmp_path / "out", *flags)
 
 
 def test_missing_frames_and_files_are_said(released, convert, tmp_path):
