@@ -8,7 +8,6 @@ Auto classes is asked to load something.
 import sys
 from functools import wraps
 from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
 from threading import RLock
 
 
@@ -66,11 +65,10 @@ class _AutoFinder(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name not in ENTRANCES:
             return None
-        sys.meta_path.remove(self)
-        try:
-            spec = find_spec(name)
-        finally:
-            sys.meta_path.insert(0, self)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_prepare(module):
