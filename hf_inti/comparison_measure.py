@@ -43,7 +43,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _resident(name: str) -> int | None:
+def resident(name: str) -> int | None:
     """VmRSS or VmHWM (its peak) of this process in bytes; None where the system does not tell.
 
     getrusage will not do: its peak is inherited from the process that started this one.
@@ -104,7 +104,7 @@ def measure(folder: Path, batch_size: int) -> dict:
 
     with contextlib.suppress(OSError):  # the peak so far, of loading, is not what is asked for
         Path("/proc/self/clear_refs").write_text("5")
-    loaded = _resident("VmRSS")
+    loaded = resident("VmRSS")
     for _ in range(WARM_UP):
         forward()
         train()
@@ -117,7 +117,7 @@ def measure(folder: Path, batch_size: int) -> dict:
     if cuda:
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        peak = None if loaded is None else _resident("VmHWM") - loaded
+        peak = None if loaded is None else resident("VmHWM") - loaded
     return {
         "conditions": conditions(batch_size, torch.get_num_threads()),
         **counts,

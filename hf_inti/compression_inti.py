@@ -126,7 +126,8 @@ class GlobalContext(nn.Module):
         self.conv3 = NewConv1d(width, width, kernel_size=3, padding=1, groups=width)
 
     def forward(self, cls: torch.Tensor) -> torch.Tensor:
-        g = cls.transpose(1, 2)  # (B, C, T)
+        # Contiguous: torch.compile would lay out all tokens as this convolution wants its input, frames innermost.
+        g = cls.transpose(1, 2).contiguous()  # (B, C, T)
         for conv in (self.conv1, self.conv2):
             g = nn.functional.gelu(max_pool_pairs(conv(g)))
         return nn.functional.gelu(self.conv3(g).mean(dim=-1))

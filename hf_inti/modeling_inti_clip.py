@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from transformers.models.clip.modeling_clip import (
     CLIPAttention,
     CLIPEncoder,
     CLIPEncoderLayer,
+    CLIPMLP,
     CLIPPreTrainedModel,
     CLIPVisionEmbeddings,
     CLIPVisionModel,
@@ -33,6 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .adaptation import ADAPTATIONS
 from .compression import COMPRESSIONS
 from .configuration_inti_clip import InTIClipVisionConfig
+from .inference import FusedLinear, Optimizable, attend_by_frames, check_linear, in_eager_cpu, is_plain, scaled_mlp
 from .token_state import (
     Adaptation,
     Compression,
@@ -99,8 +102,27 @@ class InTIClipVisionEmbeddings(CLIPVisionEmbeddings):
         return x + self.position_embedding(self.position_ids), grid
 
 
-class InTIClipAttention(CLIPAttention):
+class InTIClipAttention(CLIPAttention, Optimizable):
     """CLIP's attention within each frame, which lets a method change keys and values and returns what it reads."""
+
+    def __init__(self, config: InTIClipVisionConfig):
+        super().__init__(config)
+        self.fused: FusedLinear | None = None
+
+    def optimize(self) -> None:
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            check_linear(name, getattr(self, name))
+        self.fused = FusedLinear([self.q_proj, self.k_proj, self.v_proj])
+        super().optimize()
+
+    def project(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Queries, keys and values (B, T, L, D), heads side by side."""
+        linears = [self.q_proj, self.k_proj, self.v_proj]
+        if self.fast and is_plain(*linears) and self.fused.is_made_of(linears):
+            outputs = self.fused(x)
+        else:
+            outputs = [linear(x) for linear in linears]
+        return dict(zip(("query", "key", "value"), outputs, strict=True))
 
     def attend(
         self,
@@ -111,7 +133,7 @@ class InTIClipAttention(CLIPAttention):
         **kwargs,
     ):
         """x (B, T, L, D) -> output (B, T, L, D), weights (B*T, H, L, L) or None, feature (B, T, L, D) or None."""
-        projected = {"query": self.q_proj(x), "key": self.k_proj(x), "value": self.v_proj(x)}
+        projected = self.project(x)
         if key_value is not None:
             projected["key"], projected["value"] = key_value(projected["key"], projected["value"])
         heads = [t.flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected.values()]
@@ -124,14 +146,35 @@ class InTIClipAttention(CLIPAttention):
                     'load the model with attn_implementation="sdpa".'
                 )
             mask = key_bias.flatten(0, 1)[:, None, None].to(x.dtype)  # (B*T, 1, 1, L)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.dropout if self.training else 0.0
-        out, weights = interface(self, *heads, mask, scaling=self.scale, dropout=dropout, **kwargs)
+        if self.fast and implementation == "sdpa" and in_eager_cpu(x):
+            out, weights = attend_by_frames(*heads, mask, self.scale), None
+        else:
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            dropout = self.dropout if self.training else 0.0
+            out, weights = interface(self, *heads, mask, scaling=self.scale, dropout=dropout, **kwargs)
         out = self.out_proj(out.reshape(x.shape))
         return out, weights, projected[feature] if feature is not None else None
 
     def forward(self, x: torch.Tensor, key_bias=None, key_value=None, feature=None, **kwargs):
         return self.attend(x, key_bias, key_value, feature, **kwargs)
+
+
+class InTIClipMLP(CLIPMLP, Optimizable):
+    """CLIP's MLP on tokens (..., D)."""
+
+    # activation: one in place, and the scale of its argument that makes it CLIP's (`scaled_mlp`)
+    IN_PLACE = {"quick_gelu": (partial(nn.functional.silu, inplace=True), 1.702), "gelu": (torch.ops.aten.gelu_, 1.0)}
+
+    def optimize(self) -> None:
+        for name in ("fc1", "fc2"):
+            check_linear(name, getattr(self, name))
+        super().optimize()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        in_place = self.IN_PLACE.get(self.config.hidden_act)
+        if not self.fast or in_place is None or not is_plain(self.fc1, self.fc2):
+            return super().forward(x)
+        return scaled_mlp(x, self.fc1, self.fc2, *in_place)
 
 
 class InTIClipEncoderLayer(CLIPEncoderLayer):
@@ -140,6 +183,7 @@ class InTIClipEncoderLayer(CLIPEncoderLayer):
     def __init__(self, config: InTIClipVisionConfig, i: int):
         super().__init__(config)
         self.self_attn = InTIClipAttention(config)
+        self.mlp = InTIClipMLP(config)
         self.i = i  # counted from 1
         self.drop_path_rate = block_rate(config.tower, i)
 
@@ -247,6 +291,24 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
             raise ValueError(f"training progress goes from 0 to 1, got {progress}.")
         self.base_model.compression.set_progress(progress)
         self.base_model.adaptation.set_progress(progress)
+
+    def optimize_for_inference(self) -> Self:
+        """Let evaluation without gradients compute the same outputs (within rounding, 1e-5 in float32) faster.
+
+        Queries, keys and values become one product, CLIP's activation is taken into the products around it, and InTI
+        concatenates nothing. What is saved, trained and differentiated stays as it is. Returns the model itself.
+        Raises ValueError where CLIP's linear layers are not its own: under LoRA, quantised, offloaded.
+        """
+        for module in self.modules():
+            if isinstance(module, Optimizable):
+                module.optimize()
+        return self
+
+    def compile(self, *args, **kwargs) -> None:
+        """As torch has it, but for one of its defaults: on CPUs it lays tensors out as if (B, T, L, D) were pictures."""
+        if not args and not kwargs.keys() & {"backend", "mode", "options"}:
+            kwargs["options"] = {"layout_optimization": False}
+        super().compile(*args, **kwargs)
 
     def save_trained_only(self, save_directory: str | os.PathLike) -> None:
         """Write the configuration and the weights that train, a small part of all where CLIP is frozen.
