@@ -78,7 +78,7 @@ def _version(t: torch.Tensor) -> int | None:
 
 
 def attend_by_frames(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float):
-    """Softmax attention of a few frames at a time: q, k, v (frames, H, L, d), bias (frames, 1, 1, L) -> (frames, L, H, d).
+    """Attention of a few frames at a time: q, k, v (frames, H, L, d), bias (frames, 1, 1, L) -> (frames, L, H, d).
 
     On CPUs faster than torch's fused kernel, which multiplies in smaller pieces.
     """
@@ -96,7 +96,7 @@ def attend_by_frames(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: to
 def scaled_mlp(x: torch.Tensor, fc1: nn.Linear, fc2: nn.Linear, activation, scale: float) -> torch.Tensor:
     """fc2(activation(scale fc1(x)) / scale), x (..., D), the scales taken into the products.
 
-    With the in-place SiLU and scale 1.702 this is CLIP's MLP: quick_gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702.
+    With the in-place SiLU and scale 1.702 it is CLIP's MLP: quick_gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702.
     """
     rows = x.flatten(0, -2)
     out = torch.empty_like(rows)

@@ -19,10 +19,10 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import (
+    CLIPMLP,
     CLIPAttention,
     CLIPEncoder,
     CLIPEncoderLayer,
-    CLIPMLP,
     CLIPPreTrainedModel,
     CLIPVisionEmbeddings,
     CLIPVisionModel,
@@ -305,7 +305,7 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         return self
 
     def compile(self, *args, **kwargs) -> None:
-        """As torch has it, but for one of its defaults: on CPUs it lays tensors out as if (B, T, L, D) were pictures."""
+        """As torch has it, without a default that lays out (B, T, L, D) as if it were pictures, frames innermost."""
         if not args and not kwargs.keys() & {"backend", "mode", "options"}:
             kwargs["options"] = {"layout_optimization": False}
         super().compile(*args, **kwargs)

@@ -1,0 +1,44 @@
+"""Measure speed and memory, side by side.
+
+    python scripts/benchmark.py models scripts/benchmarks/naive.yaml --require "seconds inti / naive <= gmacs + 0.03"
+    python scripts/benchmark.py COMMAND --help
+
+    models      forward pass or training step of models of this package and of transformers
+    growth      time and memory against frames, resolution and batch size
+    decoding    videos to tensors, beside other decoders
+    prediction  scripts/predict.py on many videos, beside decoding alone and the model alone
+    export      ONNX Runtime and torch.export beside torch
+
+Every command takes a YAML file, flags or both, leaves a table (Markdown), all numbers (JSON) and a picture in
+--output_dir, and ends with an error where a --require is missed.
+"""
+
+import os
+import sys
+
+
+# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
+sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
+
+from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
+from importlib import import_module
+
+from transformers.utils.logging import disable_progress_bar
+
+from hf_inti.recipes import run_script
+
+
+COMMANDS = ("models", "growth", "decoding", "prediction", "export")
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS, help="What to measure.")
+    parser.add_argument("arguments", nargs=REMAINDER, help="[CONFIG.yaml] --flags of that command.")
+    args = parser.parse_args()
+    disable_progress_bar()  # of loading weights, beside ours
+    return import_module(f"hf_inti.benchmark_{args.command}").main(args.arguments)
+
+
+if __name__ == "__main__":
+    run_script(main)
