@@ -8,6 +8,7 @@ sum, with weights alpha and beta predicted from four contexts. The paper's C is 
 import torch
 from torch import nn
 
+from .inference import Optimizable
 from .token_state import (
     Compression,
     FrameInterpolation,
@@ -79,7 +80,7 @@ class LocalUnit(nn.Module):
         return self.expand(depthwise_conv3d(self.reduce(self.norm(p)), self.conv))
 
 
-class LocalMHRA(nn.Module):
+class LocalMHRA(Optimizable):
     """F_cube as two of UniFormerV2's local units at the full frame rate, averaged over each pair of frames."""
 
     def __init__(self, width: int, eps: float):
@@ -89,6 +90,10 @@ class LocalMHRA(nn.Module):
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
         u1 = self.unit1(p)
+        if self.fast:  # the last layer is linear: it may as well come behind the mean, on half of the frames
+            unit2 = self.unit2
+            conv = depthwise_conv3d(unit2.reduce(unit2.norm(p + u1)), unit2.conv)
+            return u1[:, 0::2].lerp(u1[:, 1::2], 0.5) + unit2.expand(conv[:, 0::2].lerp(conv[:, 1::2], 0.5))
         u = u1 + self.unit2(p + u1)  # p2 - p
         return (u[:, 0::2] + u[:, 1::2]) / 2
 
@@ -133,7 +138,7 @@ class GlobalContext(nn.Module):
         return nn.functional.gelu(self.conv3(g).mean(dim=-1))
 
 
-class InTI(FrameInterpolation):
+class InTI(FrameInterpolation, Optimizable):
     """One inter-frame token interpolation phi (Eq. 4 to 13).
 
     Args:
@@ -177,6 +182,11 @@ class InTI(FrameInterpolation):
         """Tokens x (B, T, 1+N, C), T even, N = rows * columns of `grid` -> z (B, T/2, 1+N, C), (B, T/2, 1+N, 2)."""
         x = self.position(x)
         first, second = x[:, 0::2], x[:, 1::2]
+        if self.fast:
+            weights = self._head(self._hidden_by_parts(x, grid))
+            if self.head != "softmax":
+                return weights[..., :1] * first + weights[..., 1:] * second, weights
+            return torch.lerp(first, second, weights[..., 1:]), weights  # alpha + beta = 1
         f_token = torch.cat([self.first(first), self.second(second)], dim=-1)  # (B, T/2, 1+N, C)
         f_cube = f_frame = f_global = f_token.new_zeros(1).expand_as(f_token)
         cls = x[:, :, 0]
@@ -198,7 +208,33 @@ class InTI(FrameInterpolation):
         else:
             f_context = f_cube + f_frame + f_global
             features = f_token + f_context if self.fusion == "add" else torch.cat([f_token, f_context], dim=-1)
-        hidden = nn.functional.gelu(self.hidden(features))
+        return self._head(self.hidden(features))
+
+    def _hidden_by_parts(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """What `hidden` makes of F_token and the contexts: of a concatenation it is a sum, each with its own weights.
+
+        Contexts that are the same for all tokens of a frame are multiplied once.
+        """
+        linear = nn.functional.linear
+        C = x.shape[-1]
+        at = {"separate": (C, C, C), "add": (0, 0, 0), "concat": (C, 2 * C, 3 * C)}[self.fusion]
+        for_cube, for_frame, for_global = (self.hidden.weight[:, start : start + C] for start in at)
+        for_first, for_second = self.hidden.weight[:, : C // 2], self.hidden.weight[:, C // 2 : C]
+        hidden = linear(self.first(x[:, 0::2]), for_first, self.hidden.bias)  # (B, T/2, 1+N, C)
+        hidden += linear(self.second(x[:, 1::2]), for_second)
+        cls = x[:, :, 0]
+        if self.cube_context is not None:
+            f_cube = self.cube_context(x[:, :, 1:].unflatten(2, grid)).flatten(2, 3)
+            hidden[:, :, 1:] += linear(f_cube, for_cube)
+        if self.frame_context is not None:
+            hidden += linear(self.frame_context(cls), for_frame)[:, :, None]
+        if self.global_context is not None:
+            hidden += linear(self.global_context(cls), for_global)[:, None, None]
+        return hidden
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Weights (B, T/2, 1+N, 2) from the hidden features (B, T/2, 1+N, C), before their GELU."""
+        hidden = nn.functional.gelu(hidden)
         if self.head == "attention":  # the first half speaks for the first frame, the second for the second
             logits = self.logits(hidden.unflatten(-1, (2, -1))).squeeze(-1)
         else:

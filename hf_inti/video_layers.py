@@ -32,9 +32,13 @@ def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
         bias = conv.bias if total is None else None
         y = nn.functional.conv2d(frames.flatten(0, 1), weight, bias, padding=(height // 2, width // 2), groups=C)
         y = y.unflatten(0, frames.shape[:2])
-        if shift:  # zeros where nothing comes in
-            y = nn.functional.pad(y, (0, 0, 0, 0, 0, 0, -shift, shift))
-        total = y if total is None else total + y
+        if total is None:
+            total = y
+        elif torch.is_grad_enabled():  # zeros where nothing comes in
+            total = total + nn.functional.pad(y, (0, 0, 0, 0, 0, 0, -shift, shift))
+        else:
+            start, stop = max(-shift, 0), y.shape[1] - max(shift, 0)
+            total[:, start:stop] += y[:, start + shift : stop + shift]
     return total.permute(0, 1, 3, 4, 2)
 
 
