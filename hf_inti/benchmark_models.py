@@ -85,9 +85,12 @@ def _xclip(attention: str) -> nn.Module:
 
 
 def _of(model_class: type[PreTrainedModel], config_class: type, **options) -> Callable[[str], nn.Module]:
-    return lambda attention: model_class._from_config(
-        config_class(**options, num_labels=CLASSES), attn_implementation=attention
-    )
+    def build(attention: str) -> nn.Module:
+        if not model_class._supports_sdpa:
+            attention = "eager"
+        return model_class._from_config(config_class(**options, num_labels=CLASSES), attn_implementation=attention)
+
+    return build
 
 
 # name: (number of frames, the model with the attention that is asked for)
@@ -175,7 +178,7 @@ def frames_and_size(spec: dict) -> tuple[int, int]:
 
 
 def build(spec: dict, attention: str = "sdpa") -> nn.Module:
-    """The model, with weights from seed 0: two of the same shape have the same."""
+    """The model, with weights from seed 0: two of the same shape have the same. Eager where it has no `attention`."""
     torch.manual_seed(0)
     if "peer" in spec:
         return PEERS[spec["peer"]][1](attention)

@@ -186,7 +186,7 @@ class InTI(FrameInterpolation, Optimizable):
             weights = self._head(self._hidden_by_parts(x, grid))
             if self.head != "softmax":
                 return weights[..., :1] * first + weights[..., 1:] * second, weights
-            return torch.lerp(first, second, weights[..., 1:]), weights  # alpha + beta = 1
+            return torch.lerp(first, second, weights[..., 1:].to(x.dtype)), weights  # alpha + beta = 1
         f_token = torch.cat([self.first(first), self.second(second)], dim=-1)  # (B, T/2, 1+N, C)
         f_cube = f_frame = f_global = f_token.new_zeros(1).expand_as(f_token)
         cls = x[:, :, 0]

@@ -83,7 +83,7 @@ class InTIClipVideoClassifierOutput(ImageClassifierOutput):
     token_source: torch.LongTensor | None = None
 
 
-class InTIClipVisionEmbeddings(CLIPVisionEmbeddings):
+class InTIClipVisionEmbeddings(CLIPVisionEmbeddings, Optimizable):
     """CLIP's embeddings of each frame: pixels (B, T, C, height, width) -> tokens (B, T, 1+N, D) and the patch grid."""
 
     def forward(self, pixel_values, adaptation: Adaptation, interpolate_pos_encoding: bool = False):
@@ -96,7 +96,12 @@ class InTIClipVisionEmbeddings(CLIPVisionEmbeddings):
         patches = adaptation.embed_patches(pixel_values.to(self.patch_embedding.weight.dtype), self.patch_embedding)
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(3).transpose(2, 3)  # (B, T, N, D)
-        x = torch.cat([self.class_embedding.expand(*patches.shape[:2], 1, -1), patches], dim=2)
+        cls = self.class_embedding.expand(*patches.shape[:2], 1, -1)
+        if self.fast:
+            x = patches.new_empty(*patches.shape[:2], 1 + patches.shape[2], patches.shape[3])
+            x[:, :, :1], x[:, :, 1:] = cls, patches
+        else:
+            x = torch.cat([cls, patches], dim=2)
         if interpolate_pos_encoding:
             return x + self.interpolate_pos_encoding(x[:, 0], height, width), grid
         return x + self.position_embedding(self.position_ids), grid
@@ -172,7 +177,8 @@ class InTIClipMLP(CLIPMLP, Optimizable):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         in_place = self.IN_PLACE.get(self.config.hidden_act)
-        if not self.fast or in_place is None or not is_plain(self.fc1, self.fc2):
+        autocast = torch.is_autocast_enabled(x.device.type)  # which leaves products into a given tensor alone
+        if not self.fast or in_place is None or autocast or not is_plain(self.fc1, self.fc2):
             return super().forward(x)
         return scaled_mlp(x, self.fc1, self.fc2, *in_place)
 

@@ -75,6 +75,22 @@ def clips(B: int = 2, T: int = 8) -> torch.Tensor:
     return torch.randn(B, T, 3, 32, 32)
 
 
+@pytest.mark.parametrize("pair", ALLOWED, ids="+".join)
+def test_optimised_inference_equals_the_plain_one(build, pair):
+    model = build(*pair).eval()
+    pixel_values = clips()
+    asked = {"output_hidden_states": True, "output_interpolation_weights": True, "output_token_source": True}
+    with torch.no_grad():
+        plain = model(pixel_values, **asked)
+        assert model.optimize_for_inference() is model
+        fast = model(pixel_values, **asked)
+    assert fast.keys() == plain.keys()
+    assert len(plain.hidden_states) == 5
+    for name in plain:
+        assert_close(fast[name], plain[name], atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert_close(model(pixel_values).logits, plain.logits, atol=1e-6, rtol=1e-6)  # with gradients: the plain way
+
+
 def gradients(model, run, pixel_values) -> dict[str, torch.Tensor]:
     model.zero_grad()
     torch.manual_seed(1)  # STTS draws noise

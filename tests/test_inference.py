@@ -1,0 +1,223 @@
+"""optimize_for_inference: when it holds, what it leaves alone, what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_inti import InTIClipForVideoClassification
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def model(tiny_config):
+    model = InTIClipForVideoClassification(tiny_config(compression_layers=[1, 3])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture
+def pixel_values():
+    return torch.randn(2, 8, 3, 32, 32)
+
+
+def logits(model, pixel_values) -> torch.Tensor:
+    with torch.no_grad():
+        return model(pixel_values).logits
+
+
+def test_it_concatenates_no_tokens(model, pixel_values):
+    with Operations() as plain:
+        logits(model, pixel_values)
+    model.optimize_for_inference()
+    with Operations() as fast:
+        logits(model, pixel_values)
+    assert plain.names.count("cat") == 5
+    assert fast.names.count("cat") == 2  # of pairs of class tokens, under one LayerNorm
+    assert "sigmoid" in plain.names  # of quick_gelu
+    assert "sigmoid" not in fast.names
+    assert "silu_" in fast.names
+    assert fast.names.count("lerp") >= 2
+
+
+def test_what_is_saved_does_not_change(model, tmp_path):
+    model.save_pretrained(tmp_path / "plain")
+    names = list(model.state_dict())
+    model.optimize_for_inference().save_pretrained(tmp_path / "fast")
+    assert list(model.state_dict()) == names
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "fast" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_training_takes_the_plain_way(model, pixel_values):
+    plain = copy.deepcopy(model)
+    model.optimize_for_inference()
+    labels = torch.tensor([1, 2])
+    for one in (plain, model):
+        one.train()
+        one(pixel_values, labels=labels).loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_gradients_of_pixels_are_the_plain_ones(model, pixel_values):
+    pixel_values.requires_grad_()
+    expected = torch.autograd.grad(model(pixel_values).logits.sum(), pixel_values)[0]
+    model.optimize_for_inference()
+    found = torch.autograd.grad(model(pixel_values).logits.sum(), pixel_values)[0]
+    assert torch.equal(found, expected)
+
+
+def in_place(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+
+
+def loaded(model):
+    model.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()})
+
+
+def trained(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    model(torch.ones(1, 8, 3, 32, 32), labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+def replaced(model):
+    for layer in model.vision_model.encoder.layers:
+        layer.self_attn.k_proj.weight = torch.nn.Parameter(2 * layer.self_attn.k_proj.weight.detach())
+        layer.self_attn.v_proj = torch.nn.Linear(48, 48)
+
+
+def converted(model):
+    model.double().float()
+
+
+@pytest.mark.parametrize("change", [in_place, loaded, trained, replaced, converted])
+def test_it_follows_weights_that_change(model, pixel_values, change):
+    before = logits(model, pixel_values)
+    model.optimize_for_inference()
+    change(model)
+    after = logits(model, pixel_values)
+    model.set_attn_implementation("eager")
+    expected = model(pixel_values).logits  # with gradients: the plain way
+    assert_close(after, expected, atol=1e-5, rtol=1e-5)
+    assert change is converted or (after - before).abs().max() > 1e-3
+
+
+def test_a_copy_is_independent(model, pixel_values):
+    twin = copy.deepcopy(model.optimize_for_inference())
+    expected = logits(model, pixel_values)
+    in_place(model)
+    assert_close(logits(twin, pixel_values), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merged_adapters(tiny_config, pixel_values):
+    model = InTIClipForVideoClassification(tiny_config(adaptation="zeroi2v")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    expected = logits(model.optimize_for_inference(), pixel_values)
+    model.merge_adapters()
+    assert_close(logits(model, pixel_values), expected, atol=1e-4, rtol=1e-4)
+    assert_close(logits(model.optimize_for_inference(), pixel_values), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu", "relu"])
+def test_activations(tiny_config, pixel_values, act):
+    model = InTIClipForVideoClassification(tiny_config(hidden_act=act)).eval()
+    expected = logits(model, pixel_values)
+    assert_close(logits(model.optimize_for_inference(), pixel_values), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"context": []}, {"fusion": "add"}, {"fusion": "concat", "head": "attention"}])
+@pytest.mark.parametrize("cube", ["local_mhra", "dwconv"])
+def test_every_form_of_inti(tiny_config, options, cube):
+    config = tiny_config(compression_layers=[0, 2], compression_options={**options, "cube": cube})
+    model = InTIClipForVideoClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    for frames in (4, 8, 12):
+        pixel_values = torch.randn(3, frames, 3, 32, 32)
+        expected = logits(model, pixel_values)
+        found = logits(copy.deepcopy(model).optimize_for_inference(), pixel_values)
+        assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attentions_are_returned(model, pixel_values):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = model(pixel_values, output_attentions=True).attentions
+        fast = model.optimize_for_inference()(pixel_values, output_attentions=True).attentions
+    assert len(fast) == len(plain) == 4
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision(model, pixel_values):
+    expected = logits(model, pixel_values)
+    model.optimize_for_inference()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(logits(model, pixel_values).float(), expected, atol=0.1, rtol=0.1)
+    model.bfloat16()
+    assert_close(logits(model, pixel_values.bfloat16()).float(), expected, atol=0.2, rtol=0.2)
+
+
+def test_inference_mode(model, pixel_values):
+    expected = logits(model, pixel_values)
+    with torch.inference_mode():
+        made_inside = copy.deepcopy(model).optimize_for_inference()
+        assert_close(made_inside(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_adapters_of_peft_are_refused_before_and_heard_after(model, pixel_values):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    with_lora = peft.get_peft_model(copy.deepcopy(model), lora).eval()
+    with pytest.raises(ValueError, match="q_proj is a Linear.*merge adapters"):
+        with_lora.base_model.model.optimize_for_inference()
+    later = peft.get_peft_model(model.optimize_for_inference(), lora).eval()
+    later.load_state_dict(with_lora.state_dict(), strict=False)
+    assert_close(logits(later, pixel_values), logits(with_lora, pixel_values), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.ao says that it will move
+def test_quantised_models_are_refused(model):
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match="leave it out for quantised models"):
+        quantised.optimize_for_inference()
+
+
+def test_models_without_weights_are_refused(tiny_config):
+    with torch.device("meta"):
+        model = InTIClipForVideoClassification(tiny_config())
+    with pytest.raises(ValueError, match="offloaded"):
+        model.optimize_for_inference()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+def test_compiled(model, pixel_values):
+    expected = logits(model, pixel_values)
+    model.optimize_for_inference().compile(fullgraph=True)
+    assert_close(logits(model, pixel_values), expected, atol=1e-5, rtol=1e-5)
