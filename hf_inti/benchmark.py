@@ -163,6 +163,7 @@ COLUMNS = {
     "gmacs": ("GMACs", "{:.4g}"),
     "seconds": ("ms", "{:.0f}"),
     "clips_per_second": ("clips/s", "{:.3g}"),
+    "gmacs_per_second": ("GMACs/s", "{:.0f}"),
     "matrix_fraction": ("of matrix rate", "{:.0%}"),
     "peak_memory_bytes": ("peak memory MB", "{:.0f}"),
     "activation_memory_bytes": ("activations MB", "{:.0f}"),

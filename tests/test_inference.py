@@ -47,7 +47,7 @@ def test_it_concatenates_no_tokens(model, pixel_values):
     model.optimize_for_inference()
     with Operations() as fast:
         logits(model, pixel_values)
-    assert plain.names.count("cat") == 5
+    assert plain.names.count("cat") == 7
     assert fast.names.count("cat") == 2  # of pairs of class tokens, under one LayerNorm
     assert "sigmoid" in plain.names  # of quick_gelu
     assert "sigmoid" not in fast.names
