@@ -8,6 +8,7 @@ import torch
 from .benchmark import TimingArguments, report
 from .benchmark_models import Measured, configuration, describe, measure_models, memory_of_all
 from .recipes import parse_recipe
+from .token_state import check_frames
 
 
 AXES = {"frames": "frames of a clip", "resolution": "pixels of a side", "batch": "clips in a batch"}
@@ -23,6 +24,7 @@ class GrowthArguments(TimingArguments):
     frames: list[int] = field(default_factory=lambda: [8, 16, 32, 64], metadata={"help": "Frames of a clip."})
     resolution: list[int] = field(default_factory=lambda: [224, 336], metadata={"help": "Pixels of a frame's side."})
     batch: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32], metadata={"help": "Clips in a batch."})
+    memory: bool = field(default=True, metadata={"help": "Also the peak memory of each, in a process of its own."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,7 +36,8 @@ class GrowthArguments(TimingArguments):
                 raise ValueError(f"{axis} must be ascending whole numbers from 1, at least one, got {points}.")
         for point in points_of(self):
             for spec in point[2].values():
-                configuration(spec)  # what does not fit shows here
+                config = configuration(spec)  # what does not fit shows here
+                check_frames(config.num_frames, config.frame_multiple)
 
 
 def points_of(args: GrowthArguments) -> list[tuple[str, int, dict[str, dict], int]]:
@@ -92,10 +95,10 @@ def main(arguments: list[str]) -> int:
     for axis, value, models, batch_size in points_of(args):
         of_point = replace(how, batch_size=batch_size)
         found = measure_models(models, of_point, args, matrix_rate=False)
-        for name, memory in memory_of_all(models, of_point, folder, torch.get_num_threads()).items():
-            seconds = found[name]["seconds"]
-            rate = found[name]["gmacs"] * batch_size / seconds
-            rows[name_of(name, axis, value)] = {**found[name], **memory, "gmacs_per_second": rate}
+        memory = memory_of_all(models, of_point, folder, torch.get_num_threads()) if args.memory else {}
+        for name, row in found.items():
+            row["gmacs_per_second"] = row["gmacs"] * row["clips_per_second"]
+            rows[name_of(name, axis, value)] = row | memory.get(name, {})
     picture(rows, args, folder / "benchmark.png")
     about = describe(how, rows).replace("of 1 clip", "of one clip where the batch does not grow")
     return report("Growth", rows, args, about, how.batch_size, picture=False)

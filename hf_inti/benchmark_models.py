@@ -227,7 +227,9 @@ def runnable(spec: dict, how: Measured) -> Callable[[], torch.Tensor]:
 
         return forward
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    labels = torch.randint(CLASSES, (how.batch_size,), generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.randint(
+        spec.get("num_labels", CLASSES), (how.batch_size,), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     autocast = torch.autocast(device.type, torch.bfloat16) if how.precision == "bf16" else contextlib.nullcontext()
     model.train()
 

@@ -177,8 +177,9 @@ class InTIClipMLP(CLIPMLP, Optimizable):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         in_place = self.IN_PLACE.get(self.config.hidden_act)
-        autocast = torch.is_autocast_enabled(x.device.type)  # which leaves products into a given tensor alone
-        if not self.fast or in_place is None or autocast or not is_plain(self.fc1, self.fc2):
+        if not self.fast or in_place is None or not is_plain(self.fc1, self.fc2):
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):  # it leaves products into a given tensor alone
             return super().forward(x)
         return scaled_mlp(x, self.fc1, self.fc2, *in_place)
 

@@ -1,0 +1,202 @@
+"""benchmark.py: what it times, what it refuses to time, and targets that are missed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_inti import benchmark_growth, benchmark_models
+from hf_inti.benchmark import Requirement, TimingArguments, cell, interleave, report, summary
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+TINY = {
+    "size": "B/16",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "num_frames": 8,
+    "num_labels": 5,
+}
+MODELS = {"naive": {**TINY, "compression": "none"}, "inti": {**TINY, "compression_layers": [1, 2]}}
+ROWS = {"a": {"seconds": 2.0, "gmacs": 10.0}, "b": {"seconds": 4.0, "gmacs": 16.0}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "bound", "met"),
+    [
+        ("seconds a / b <= 0.5", 0.5, 0.5, True),
+        ("seconds a/b <= 0.49", 0.5, 0.49, False),
+        ("seconds b / a >= 3", 2.0, 3.0, False),
+        ("gmacs a >= 10", 10.0, 10.0, True),
+        ("seconds a / b <= gmacs", 0.5, 0.625, True),
+        ("seconds b / a <= gmacs + 0.3", 2.0, 1.9, False),
+        ("seconds b / a <= gmacs + 0.4", 2.0, 2.0, True),
+    ],
+)
+def test_requirements(text, value, bound, met):
+    verdict = Requirement.parse(text).check(ROWS)
+    assert (verdict.value, verdict.bound, verdict.met) == (pytest.approx(value), pytest.approx(bound), met)
+
+
+@pytest.mark.parametrize("text", ["", "a / b < 1", "seconds a / b", "seconds a / b <= -", "seconds a b <= 1", "faster"])
+def test_what_is_no_requirement(text):
+    with pytest.raises(ValueError, match="a requirement reads"):
+        Requirement.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("seconds c <= 1", "there is no 'c'.*a, b"), ("memory a <= 1", "a has no 'memory'.*seconds, gmacs")],
+)
+def test_requirements_of_what_was_not_measured(text, message):
+    with pytest.raises(ValueError, match=message):
+        Requirement.parse(text).check(ROWS)
+
+
+def test_contestants_take_turns_after_warming_up():
+    order = []
+    times = interleave({name: lambda name=name: order.append(name) for name in "abc"}, repetitions=4, warm_up=2)
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 18, 3)]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca", "cab"]
+
+
+def test_median_and_spread():
+    assert summary([3.0, 1.0, 2.0, 4.0, 100.0]) == {"seconds": 3.0, "low": 2.0, "high": 4.0, "repetitions": 5}
+    assert summary([3.0]) == {"seconds": 3.0, "low": 3.0, "high": 3.0, "repetitions": 1}
+    assert cell("seconds", summary([0.25])) == "250 (250 to 250)"
+    assert cell("seconds", summary([0.00125])) == "1.25 (1.25 to 1.25)"
+
+
+def test_a_missed_target_is_an_error(tmp_path, capsys):
+    rows = {name: {**row, "low": row["seconds"], "high": row["seconds"]} for name, row in ROWS.items()}
+    args = TimingArguments(output_dir=str(tmp_path), require=["seconds a / b <= 0.6"])
+    assert report("T", rows, args, "About.") == 0
+    args = TimingArguments(output_dir=str(tmp_path), require=["seconds a / b <= 0.6", "seconds a / b <= 0.4"])
+    assert report("T", rows, args, "About.") == 1
+    text = (tmp_path / "benchmark.md").read_text()
+    assert text in capsys.readouterr().out
+    assert [("met" in line, "MISSED" in line) for line in text.splitlines() if "<=" in line] == [(1, 0), (0, 1)]
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [verdict["met"] for verdict in found["required"]] == [True, False]
+    assert found["rows"]["b"]["gmacs"] == 16
+    assert (tmp_path / "benchmark.png").stat().st_size > 5000
+
+
+def test_operations_and_frames_of_every_peer():
+    # The published shapes, in giga multiply-adds of one clip as FlopCounterMode counts them.
+    published = {"clip_per_frame": 281, "xclip_b16": 282, "timesformer_b": 392, "vivit_b": 451, "videomae_b": 180}
+    assert published.keys() == benchmark_models.PEERS.keys()
+    for name, gmacs in published.items():
+        assert benchmark_models.count_macs({"peer": name}) / 1e9 == pytest.approx(gmacs, rel=0.01), name
+
+
+def test_naive_is_clip_on_every_frame():
+    spec = {"size": "B/16", "compression": "none"}
+    assert benchmark_models.count_macs(spec) == benchmark_models.count_macs({"peer": "clip_per_frame"})
+
+
+@pytest.mark.parametrize("how", [{}, {"optimize": True}, {"precision": "bf16"}])
+def test_outputs_are_checked_before_timing(how):
+    how = benchmark_models.Measured(**how, batch_size=2)
+    for name, spec in MODELS.items():
+        run = benchmark_models.runnable(spec, how)
+        assert run().shape == (2, 5)
+        benchmark_models.check_outputs(name, spec, how, run)
+        with pytest.raises(ValueError, match=f"{name} differs by .* not timed"):
+            benchmark_models.check_outputs(name, spec, how, lambda run=run: run() + 0.5)
+        with pytest.raises(ValueError, match=f"{name} returns"):
+            benchmark_models.check_outputs(name, spec, how, lambda run=run: run() * float("nan"))
+
+
+def test_training_steps_train():
+    how = benchmark_models.Measured(mode="training", batch_size=2)
+    torch.manual_seed(0)
+    run = benchmark_models.runnable(MODELS["inti"], how)
+    model = run.__closure__[[*run.__code__.co_freevars].index("model")].cell_contents
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert "classifier.weight" in changed
+    assert len(changed) > 50
+
+
+def run_script(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_models_from_a_file_with_memory(tmp_path, mode):
+    (tmp_path / "models.yaml").write_text(json.dumps({"models": MODELS, "output_dir": str(tmp_path), "repetitions": 2}))
+    arguments = ["models", tmp_path / "models.yaml", "--mode", mode, "--memory", "true", "--batch_size", "2"]
+    done = run_script(*arguments, "--require", "gmacs inti / naive <= 0.9")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    for row in rows.values():
+        assert row["low"] <= row["seconds"] <= row["high"]
+        assert row["clips_per_second"] == pytest.approx(2 / row["seconds"])
+        assert 1e6 < row["peak_memory_bytes"] < 1e9
+        assert ("matrix_fraction" in row) == (mode == "forward")
+        assert ("activation_memory_bytes" in row) == (mode == "training")
+    assert list(tmp_path.glob("memory_*.json")) == []
+    done = run_script(*arguments, "--require", "gmacs inti / naive <= 0.1")
+    assert done.returncode == 1
+    assert "MISSED" in done.stdout
+
+
+@pytest.mark.slow
+def test_growth(tmp_path):
+    small = ["--frames", "4", "8", "--resolution", "32", "48", "--batch", "1", "3", "--repetitions", "1"]
+    small += ["--memory", "false"]
+    done = run_script("growth", "--models", json.dumps(MODELS), "--output_dir", tmp_path, *small)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    axes = ["frames=4", "frames=8", "resolution=32", "resolution=48", "batch=1", "batch=3"]
+    assert list(rows) == [f"{name}:{axis}" for axis in axes for name in MODELS]
+    assert rows["naive:frames=8"]["gmacs"] == pytest.approx(2 * rows["naive:frames=4"]["gmacs"], rel=1e-3)
+    assert (tmp_path / "benchmark.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("models", ["--output_dir", "x"], "models must map names to mappings"),
+        ("models", ["--output_dir", "x", "--models", '{"a": {"size": "B/17"}}'], "a: give a size, B/16 or L/14"),
+        (
+            "models",
+            ["--output_dir", "x", "--models", '{"a": {"peer": "resnet"}}'],
+            "a: a peer is one of clip_per_frame",
+        ),
+        (
+            "models",
+            ["--output_dir", "x", "--models", '{"a": {"size": "B/16", "compresion": "tome"}}'],
+            "a: .*compression",
+        ),
+        (
+            "models",
+            ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--precision", "fp8"],
+            "precision must be",
+        ),
+        (
+            "models",
+            ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--mode", "training", "--optimize", "true"],
+            "optimize is for inference",
+        ),
+        (
+            "growth",
+            ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--frames", "8", "4"],
+            "frames must be",
+        ),
+        ("growth", ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--frames", "6"], "a multiple of 4"),
+    ],
+)
+def test_errors(command, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        {"models": benchmark_models, "growth": benchmark_growth}[command].main(arguments)
