@@ -167,6 +167,7 @@ COLUMNS = {
     "matrix_fraction": ("of matrix rate", "{:.0%}"),
     "peak_memory_bytes": ("peak memory MB", "{:.0f}"),
     "activation_memory_bytes": ("activations MB", "{:.0f}"),
+    "file_bytes": ("file MB", "{:.0f}"),
     "difference": ("largest difference", "{:.1e}"),
 }
 

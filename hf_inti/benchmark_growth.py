@@ -23,7 +23,7 @@ class GrowthArguments(TimingArguments):
     )
     frames: list[int] = field(default_factory=lambda: [8, 16, 32, 64], metadata={"help": "Frames of a clip."})
     resolution: list[int] = field(default_factory=lambda: [224, 336], metadata={"help": "Pixels of a frame's side."})
-    batch: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32], metadata={"help": "Clips in a batch."})
+    batch: list[int] = field(default_factory=lambda: [1, 2, 8, 32], metadata={"help": "Clips in a batch."})
     memory: bool = field(default=True, metadata={"help": "Also the peak memory of each, in a process of its own."})
 
     def __post_init__(self):
