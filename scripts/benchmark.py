@@ -28,7 +28,14 @@ from transformers.utils.logging import disable_progress_bar
 from hf_inti.recipes import run_script
 
 
-COMMANDS = ("models", "growth", "decoding", "prediction", "export")
+# The module of the package and the function in it.
+COMMANDS = {
+    "models": ("benchmark_models", "main"),
+    "growth": ("benchmark_growth", "main"),
+    "decoding": ("benchmark_decoding", "main"),
+    "prediction": ("benchmark_decoding", "main_prediction"),
+    "export": ("benchmark_export", "main"),
+}
 
 
 def main() -> int:
@@ -37,7 +44,8 @@ def main() -> int:
     parser.add_argument("arguments", nargs=REMAINDER, help="[CONFIG.yaml] --flags of that command.")
     args = parser.parse_args()
     disable_progress_bar()  # of loading weights, beside ours
-    return import_module(f"hf_inti.benchmark_{args.command}").main(args.arguments)
+    module, function = COMMANDS[args.command]
+    return getattr(import_module(f"hf_inti.{module}"), function)(args.arguments)
 
 
 if __name__ == "__main__":
