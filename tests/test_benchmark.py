@@ -152,6 +152,18 @@ def test_models_from_a_file_with_memory(tmp_path, mode):
 
 
 @pytest.mark.slow
+def test_exported_models(tmp_path):
+    pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+    model = json.dumps(MODELS["inti"])
+    done = run_script("export", "--model", model, "--output_dir", tmp_path, "--repetitions", "1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert list(rows) == ["torch", "torch_optimized", "torch_program", "onnx", "onnx_int8"]
+    assert all(row["difference"] < 1e-4 for name, row in rows.items() if name != "onnx_int8")
+    assert rows["onnx_int8"]["file_bytes"] < 0.6 * rows["onnx"]["file_bytes"]
+
+
+@pytest.mark.slow
 def test_growth(tmp_path):
     small = ["--frames", "4", "8", "--resolution", "32", "48", "--batch", "1", "3", "--repetitions", "1"]
     small += ["--memory", "false"]
@@ -195,6 +207,12 @@ def test_growth(tmp_path):
             "frames must be",
         ),
         ("growth", ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--frames", "6"], "a multiple of 4"),
+        (
+            "models",
+            ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--require", "fast"],
+            "requirement reads",
+        ),
+        ("models", ["--models", '{"a": {"size": "B/16"}}'], "--output_dir is required"),
     ],
 )
 def test_errors(command, arguments, message):
