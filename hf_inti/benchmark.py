@@ -8,7 +8,7 @@ import gc
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -42,6 +42,13 @@ class TimingArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         self.require = [Requirement.parse(text) for text in self.require]
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise a ValueError for a requirement of none of these contestants: before they are timed, not after."""
+        for requirement in self.require:
+            for name in filter(None, (requirement.name, requirement.other)):
+                if name not in names:
+                    raise ValueError(f"{requirement.text!r}: there is no {name!r} among {', '.join(names)}.")
 
     def pin_threads(self) -> None:
         if self.threads is not None:
@@ -109,7 +116,7 @@ class Requirement(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Requirement":
         """Raises ValueError for anything else."""
-        name, number = r"[^\s/<>]+", r"\d+(?:\.\d+)?"
+        name, number = r"[^\s/<>]+", r"\d+(?:\.\d+)?(?:e-?\d+)?"
         pattern = rf"(\w+) ({name})(?: ?/ ?({name}))? (<=|>=) (?:(?:([a-z_]+)(?: ?\+ ?({number}))?)|({number}))"
         found = re.fullmatch(pattern, " ".join(text.split()))
         if found is None:
@@ -129,6 +136,8 @@ class Requirement(NamedTuple):
                 known = [key for key, value in rows[name].items() if isinstance(value, (int, float))]
                 raise ValueError(f"{self.text!r}: {name} has no {of!r}; its numbers are {', '.join(known)}.")
             values.append(rows[name][of])
+        if self.other and values[1] == 0:
+            raise ValueError(f"{self.text!r}: {of} of {self.other} is 0, there is no ratio to it.")
         return values[0] / values[1] if self.other else values[0]
 
     def check(self, rows: dict[str, dict]) -> "Verdict":
@@ -189,12 +198,18 @@ def report(
 ) -> int:
     """Write benchmark.md, benchmark.json and benchmark.png into `args.output_dir` and print the first.
 
-    Returns the exit status: 1 where a requirement is missed.
+    Returns the exit status: 1 where a requirement is missed. Raises ValueError, when all is written, for a requirement
+    of something that was not measured.
     """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     where = conditions(batch_size, torch.get_num_threads())
-    verdicts = [requirement.check(rows) for requirement in args.require]
+    verdicts, mistakes = [], []
+    for requirement in args.require:
+        try:
+            verdicts.append(requirement.check(rows))
+        except ValueError as error:  # what was measured is written all the same
+            mistakes.append(error)
     fields = [name for name in COLUMNS if any(row.get(name) is not None for row in rows.values())]
     heads = ["", *(COLUMNS[name][0] for name in fields)]
     text = f"### {title}\n\n" + table(heads, [[name, *(cell(f, row) for f in fields)] for name, row in rows.items()])
@@ -219,6 +234,8 @@ def report(
     if picture:
         bars(title, rows, folder / "benchmark.png")
     print(text)
+    if mistakes:
+        raise mistakes[0]
     return 0 if all(v.met for v in verdicts) else 1
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from .benchmark import TimingArguments, interleave, report, summary
 from .benchmark_models import build, clips, configuration, count_macs
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> int:
     (args,) = parse_recipe([ExportBenchmarkArguments], arguments, description=__doc__)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         needs(package)
+    PartialState(cpu=True)  # files are run there
     args.pin_threads()
+    args.check_names(["torch", "torch_optimized", "torch_program", "onnx", "onnx_int8"])
     torch.set_float32_matmul_precision(args.matmul_precision)
     threads = torch.get_num_threads()
     model = build(args.model).eval()

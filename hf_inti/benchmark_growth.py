@@ -28,8 +28,8 @@ class GrowthArguments(TimingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.models:
-            raise ValueError("models must map names to mappings, got nothing.")
+        if not self.models or any("peer" in spec for spec in self.models.values()):
+            raise ValueError(f"models must map names to mappings of size and fields, got {self.models!r}.")
         for axis in AXES:
             points = getattr(self, axis)
             if not points or sorted(set(points)) != points or points[0] < 1:
@@ -88,7 +88,10 @@ def picture(rows: dict[str, dict], args: GrowthArguments, path: Path) -> None:
 def main(arguments: list[str]) -> int:
     """`benchmark.py growth`. Raises ValueError for settings that do not fit."""
     args, how = parse_recipe([GrowthArguments, Measured], arguments, description=__doc__)
+    if how.batch_size != 1:
+        raise ValueError(f"the clips in a batch are what grows: give --batch {how.batch_size} and not --batch_size.")
     args.pin_threads()
+    args.check_names([name_of(model, axis, value) for axis, value, models, _ in points_of(args) for model in models])
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     rows = {}

@@ -8,7 +8,7 @@ sum, with weights alpha and beta predicted from four contexts. The paper's C is 
 import torch
 from torch import nn
 
-from .inference import Optimizable
+from .inference import Optimizable, check_linear, has_hooks, is_plain
 from .token_state import (
     Compression,
     FrameInterpolation,
@@ -90,7 +90,9 @@ class LocalMHRA(Optimizable):
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
         u1 = self.unit1(p)
-        if self.fast:  # the last layer is linear: it may as well come behind the mean, on half of the frames
+        if self.fast and not has_hooks(
+            self.unit2
+        ):  # its last layer is linear: it may as well come behind the mean, on half of the frames
             unit2 = self.unit2
             conv = depthwise_conv3d(unit2.reduce(unit2.norm(p + u1)), unit2.conv)
             return u1[:, 0::2].lerp(u1[:, 1::2], 0.5) + unit2.expand(conv[:, 0::2].lerp(conv[:, 1::2], 0.5))
@@ -178,11 +180,14 @@ class InTI(FrameInterpolation, Optimizable):
         # From zero: training starts from the plain average of the pair.
         self.logits = ZeroLinear(width // 2, 1, bias=False) if head == "attention" else ZeroLinear(width, 2)
 
+    def check_optimizable(self) -> None:
+        check_linear("hidden", self.hidden)
+
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens x (B, T, 1+N, C), T even, N = rows * columns of `grid` -> z (B, T/2, 1+N, C), (B, T/2, 1+N, 2)."""
         x = self.position(x)
         first, second = x[:, 0::2], x[:, 1::2]
-        if self.fast:
+        if self.fast and is_plain(self.hidden):
             weights = self._head(self._hidden_by_parts(x, grid))
             if self.head != "softmax":
                 return weights[..., :1] * first + weights[..., 1:] * second, weights

@@ -1,7 +1,7 @@
 """What `model.optimize_for_inference()` switches on: other ways to compute the same numbers, for inference alone.
 
-Nothing here holds weights of its own but `FusedLinear`, whose copy is never saved and is left aside as soon as the
-weights that it was made from change. Letters as in `token_state.py`.
+Nothing here holds weights of its own: what is computed follows the parameters, whoever writes to them. Letters as
+in `token_state.py`.
 """
 
 import torch
@@ -23,26 +23,40 @@ class Optimizable(nn.Module):
         """Only in evaluation and without gradients: training, and whatever differentiates, takes the plain way."""
         return self.optimized and not self.training and not torch.is_grad_enabled()
 
+    def check_optimizable(self) -> None:
+        """Raise a ValueError where the second way does not fit."""
+
     def optimize(self) -> None:
-        """Raises ValueError where the second way does not fit."""
         self.optimized = True
 
 
 def check_linear(name: str, linear: nn.Module) -> None:
     """Raise a ValueError unless this is a plain layer whose weights are at hand."""
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
-        raise ValueError(
-            f"optimize_for_inference needs CLIP's own linear layers, but {name} is a {type(linear).__name__} with "
-            f"weights of type {type(linear.weight).__name__ if hasattr(linear, 'weight') else 'none'}; merge adapters "
-            "into the weights first, and leave it out for quantised models."
-        )
-    if linear.weight.is_meta or hasattr(linear, "_hf_hook"):
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, torch.Tensor) and (weight.is_meta or hasattr(linear, "_hf_hook")):
         raise ValueError(f"the weights of {name} are offloaded; load the whole model on one device to optimise it.")
+    if not is_plain(linear):
+        raise ValueError(
+            f"optimize_for_inference needs the model's own linear layers, but {name} is a foreign "
+            f"{type(linear).__name__}, has hooks or has no bias; merge adapters into the weights first, and leave it "
+            "out for quantised models."
+        )
 
 
 def is_plain(*linears: nn.Module) -> bool:
-    """Whether the layers are still those that `check_linear` passed."""
-    return all(type(linear) is nn.Linear for linear in linears)
+    """Whether these layers do nothing but multiply by their weights, so that one may do it in their place."""
+    return all(
+        type(linear).forward is nn.Linear.forward
+        and type(linear.weight) is nn.Parameter
+        and linear.bias is not None
+        and not has_hooks(linear)
+        for linear in linears
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to hear of the module's calls, or has taken them over."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def in_eager_cpu(x: torch.Tensor) -> bool:
@@ -50,31 +64,38 @@ def in_eager_cpu(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class FusedLinear(nn.Module):
-    """Linear layers of one input as one matrix product, x (..., C) -> the output of each, views of one tensor."""
-
-    def __init__(self, linears: list[nn.Linear]):
-        super().__init__()
-        self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]), persistent=False)
-        self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]), persistent=False)
-        self.made_of = [(t, _version(t)) for linear in linears for t in (linear.weight, linear.bias)]
-
-    def is_made_of(self, linears: list[nn.Linear]) -> bool:
-        """Whether these hold the very weights that were copied, and nobody has written to them since."""
-        if torch.compiler.is_compiling():  # a compiled program is one of fixed weights
-            return True
-        now = [t for linear in linears for t in (linear.weight, linear.bias)]
-        return all(
-            t is copied and _version(t) == version for t, (copied, version) in zip(now, self.made_of, strict=True)
-        )
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return nn.functional.linear(x, self.weight, self.bias).chunk(len(self.made_of) // 2, dim=-1)
+def lay_together(linears: list[nn.Linear]) -> None:
+    """Put the weights of several layers, and their biases, one behind the other in memory. The parameters stay."""
+    for name in ("weight", "bias"):
+        parameters = [getattr(linear, name) for linear in linears]
+        together = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, part in zip(parameters, together.split([len(p) for p in parameters]), strict=True):
+            parameter.data = part
 
 
-def _version(t: torch.Tensor) -> int | None:
-    """A count of what was written to it."""
-    return None if t.is_inference() else t._version
+def as_one(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """Tensors that lie one behind the other in memory as one, along their first dimension; None if they do not.
+
+    Nothing is copied: whoever writes to one of them writes to what this returns.
+    """
+    first = tensors[0]
+    end, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for t in tensors:
+        behind = t.storage_offset() == end and t.untyped_storage().data_ptr() == storage
+        if not behind or not t.is_contiguous() or t.dtype != first.dtype or t.shape[1:] != first.shape[1:]:
+            return None
+        end += t.numel()
+    return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def apply_together(x: torch.Tensor, linears: list[nn.Linear]) -> tuple[torch.Tensor, ...] | None:
+    """The outputs of several layers of one input x (..., C) by one matrix product; None where they lie apart."""
+    if torch.compiler.is_compiling() or not is_plain(*linears):
+        return None
+    weight, bias = (as_one([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    if weight is None or bias is None:
+        return None
+    return nn.functional.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
 
 
 def attend_by_frames(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float):
@@ -98,10 +119,15 @@ def scaled_mlp(x: torch.Tensor, fc1: nn.Linear, fc2: nn.Linear, activation, scal
 
     With the in-place SiLU and scale 1.702 it is CLIP's MLP: quick_gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702.
     """
+
+    def mlp(rows: torch.Tensor) -> torch.Tensor:
+        h = activation(torch.addmm(fc1.bias, rows, fc1.weight.t(), beta=scale, alpha=scale))
+        return torch.addmm(fc2.bias, h, fc2.weight.t(), alpha=1 / scale)
+
     rows = x.flatten(0, -2)
-    out = torch.empty_like(rows)
-    at_once = FRAMES_AT_ONCE["mlp"] * x.shape[-2] if in_eager_cpu(x) else len(rows)
+    if not in_eager_cpu(x):
+        return mlp(rows).view(x.shape)
+    out, at_once = torch.empty_like(rows), FRAMES_AT_ONCE["mlp"] * x.shape[-2]
     for rows_, out_ in zip(rows.split(at_once), out.split(at_once), strict=True):
-        h = activation(torch.addmm(fc1.bias, rows_, fc1.weight.t(), beta=scale, alpha=scale))
-        torch.addmm(fc2.bias, h, fc2.weight.t(), alpha=1 / scale, out=out_)
+        out_.copy_(mlp(rows_))
     return out.view(x.shape)

@@ -35,7 +35,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .adaptation import ADAPTATIONS
 from .compression import COMPRESSIONS
 from .configuration_inti_clip import InTIClipVisionConfig
-from .inference import FusedLinear, Optimizable, attend_by_frames, check_linear, in_eager_cpu, is_plain, scaled_mlp
+from .inference import (
+    Optimizable,
+    apply_together,
+    attend_by_frames,
+    check_linear,
+    in_eager_cpu,
+    is_plain,
+    lay_together,
+    scaled_mlp,
+)
 from .token_state import (
     Adaptation,
     Compression,
@@ -98,7 +107,8 @@ class InTIClipVisionEmbeddings(CLIPVisionEmbeddings, Optimizable):
         patches = patches.flatten(3).transpose(2, 3)  # (B, T, N, D)
         cls = self.class_embedding.expand(*patches.shape[:2], 1, -1)
         if self.fast:
-            x = patches.new_empty(*patches.shape[:2], 1 + patches.shape[2], patches.shape[3])
+            dtype = torch.promote_types(patches.dtype, cls.dtype)
+            x = patches.new_empty(*patches.shape[:2], 1 + patches.shape[2], patches.shape[3], dtype=dtype)
             x[:, :, :1], x[:, :, 1:] = cls, patches
         else:
             x = torch.cat([cls, patches], dim=2)
@@ -110,22 +120,19 @@ class InTIClipVisionEmbeddings(CLIPVisionEmbeddings, Optimizable):
 class InTIClipAttention(CLIPAttention, Optimizable):
     """CLIP's attention within each frame, which lets a method change keys and values and returns what it reads."""
 
-    def __init__(self, config: InTIClipVisionConfig):
-        super().__init__(config)
-        self.fused: FusedLinear | None = None
+    def check_optimizable(self) -> None:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            check_linear(name, getattr(self, name))
 
     def optimize(self) -> None:
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            check_linear(name, getattr(self, name))
-        self.fused = FusedLinear([self.q_proj, self.k_proj, self.v_proj])
+        lay_together([self.q_proj, self.k_proj, self.v_proj])
         super().optimize()
 
     def project(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Queries, keys and values (B, T, L, D), heads side by side."""
         linears = [self.q_proj, self.k_proj, self.v_proj]
-        if self.fast and is_plain(*linears) and self.fused.is_made_of(linears):
-            outputs = self.fused(x)
-        else:
+        outputs = apply_together(x, linears) if self.fast else None
+        if outputs is None:
             outputs = [linear(x) for linear in linears]
         return dict(zip(("query", "key", "value"), outputs, strict=True))
 
@@ -170,16 +177,13 @@ class InTIClipMLP(CLIPMLP, Optimizable):
     # activation: one in place, and the scale of its argument that makes it CLIP's (`scaled_mlp`)
     IN_PLACE = {"quick_gelu": (partial(nn.functional.silu, inplace=True), 1.702), "gelu": (torch.ops.aten.gelu_, 1.0)}
 
-    def optimize(self) -> None:
+    def check_optimizable(self) -> None:
         for name in ("fc1", "fc2"):
             check_linear(name, getattr(self, name))
-        super().optimize()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         in_place = self.IN_PLACE.get(self.config.hidden_act)
         if not self.fast or in_place is None or not is_plain(self.fc1, self.fc2):
-            return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type):  # it leaves products into a given tensor alone
             return super().forward(x)
         return scaled_mlp(x, self.fc1, self.fc2, *in_place)
 
@@ -303,12 +307,15 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         """Let evaluation without gradients compute the same outputs (within rounding, 1e-5 in float32) faster.
 
         Queries, keys and values become one product, CLIP's activation is taken into the products around it, and InTI
-        concatenates nothing. What is saved, trained and differentiated stays as it is. Returns the model itself.
-        Raises ValueError where CLIP's linear layers are not its own: under LoRA, quantised, offloaded.
+        concatenates no tokens. What is saved, trained and differentiated stays as it is, no weight is held twice, and
+        weights that change are followed. Returns the model itself. Raises ValueError where linear layers are not the
+        model's own: under LoRA, with hooks, quantised, offloaded.
         """
-        for module in self.modules():
-            if isinstance(module, Optimizable):
-                module.optimize()
+        modules = [module for module in self.modules() if isinstance(module, Optimizable)]
+        for module in modules:
+            module.check_optimizable()
+        for module in modules:
+            module.optimize()
         return self
 
     def compile(self, *args, **kwargs) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from hf_inti import benchmark_growth, benchmark_models
 from hf_inti.benchmark import Requirement, TimingArguments, cell, interleave, report, summary
+from hf_inti.compression_inti import InTI
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -24,7 +25,7 @@ TINY = {
     "num_labels": 5,
 }
 MODELS = {"naive": {**TINY, "compression": "none"}, "inti": {**TINY, "compression_layers": [1, 2]}}
-ROWS = {"a": {"seconds": 2.0, "gmacs": 10.0}, "b": {"seconds": 4.0, "gmacs": 16.0}}
+ROWS = {"a": {"seconds": 2.0, "gmacs": 10.0, "none": 0.0}, "b": {"seconds": 4.0, "gmacs": 16.0, "none": 0.0}}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ ROWS = {"a": {"seconds": 2.0, "gmacs": 10.0}, "b": {"seconds": 4.0, "gmacs": 16.
         ("seconds a/b <= 0.49", 0.5, 0.49, False),
         ("seconds b / a >= 3", 2.0, 3.0, False),
         ("gmacs a >= 10", 10.0, 10.0, True),
+        ("none a <= 1e-4", 0.0, 0.0001, True),
         ("seconds a / b <= gmacs", 0.5, 0.625, True),
         ("seconds b / a <= gmacs + 0.3", 2.0, 1.9, False),
         ("seconds b / a <= gmacs + 0.4", 2.0, 2.0, True),
@@ -52,7 +54,11 @@ def test_what_is_no_requirement(text):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("seconds c <= 1", "there is no 'c'.*a, b"), ("memory a <= 1", "a has no 'memory'.*seconds, gmacs")],
+    [
+        ("seconds c <= 1", "there is no 'c'.*a, b"),
+        ("memory a <= 1", "a has no 'memory'.*seconds, gmacs"),
+        ("none a / b <= 1", "none of b is 0"),
+    ],
 )
 def test_requirements_of_what_was_not_measured(text, message):
     with pytest.raises(ValueError, match=message):
@@ -100,6 +106,23 @@ def test_operations_and_frames_of_every_peer():
 def test_naive_is_clip_on_every_frame():
     spec = {"size": "B/16", "compression": "none"}
     assert benchmark_models.count_macs(spec) == benchmark_models.count_macs({"peer": "clip_per_frame"})
+
+
+def test_a_requirement_of_nothing_loses_no_measurement(tmp_path):
+    rows = {name: {**row, "low": row["seconds"], "high": row["seconds"]} for name, row in ROWS.items()}
+    with pytest.raises(ValueError, match="a has no 'speed'"):
+        report("T", rows, TimingArguments(output_dir=str(tmp_path), require=["speed a <= 1"]), "About.")
+    assert json.loads((tmp_path / "benchmark.json").read_text())["rows"]["a"]["gmacs"] == 10
+
+
+def test_what_inti_computes_is_seen_by_the_check(monkeypatch):
+    how = benchmark_models.Measured(optimize=True)
+    run = benchmark_models.runnable(MODELS["inti"], how)
+    benchmark_models.check_outputs("inti", MODELS["inti"], how, run)
+    hidden = InTI._hidden_by_parts
+    monkeypatch.setattr(InTI, "_hidden_by_parts", lambda self, x, grid: hidden(self, x, grid).flip(-1))
+    with pytest.raises(ValueError, match="inti differs by"):
+        benchmark_models.check_outputs("inti", MODELS["inti"], how, run)
 
 
 @pytest.mark.parametrize("how", [{}, {"optimize": True}, {"precision": "bf16"}])
@@ -207,6 +230,16 @@ def test_growth(tmp_path):
             "frames must be",
         ),
         ("growth", ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--frames", "6"], "a multiple of 4"),
+        ("growth", ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--batch_size", "4"], "--batch 4"),
+        ("growth", ["--output_dir", "x", "--models", '{"a": {"peer": "vivit_b"}}'], "size and fields"),
+        ("models", ["--output_dir", "x", "--models", '{"a b": {"size": "B/16"}}'], "no spaces"),
+        ("models", ["--output_dir", "x", "--models", '{"a": {"size": ["B/16"]}}'], "a: give a size"),
+        ("models", ["--output_dir", "x", "--models", '{"a": {"size": "B/16", "num_frames": "8"}}'], "a: .*num_frames"),
+        (
+            "models",
+            ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--require", "seconds b <= 1"],
+            "there is no 'b' among a",
+        ),
         (
             "models",
             ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--require", "fast"],

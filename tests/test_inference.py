@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,6 +102,38 @@ def trained(model):
     model.eval()
 
 
+def fused_optimizer(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    model.train()
+    model(torch.ones(1, 8, 3, 32, 32), labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+def through_data(model):
+    for parameter in model.parameters():
+        parameter.data.copy_(1.1 * parameter.data)
+
+
+def other_data(model):
+    for parameter in model.parameters():
+        parameter.data = 1.1 * parameter.data
+
+
+def pruned(model):
+    for layer in model.vision_model.encoder.layers:
+        prune.l1_unstructured(layer.mlp.fc1, "weight", amount=0.5)
+        with torch.no_grad():
+            layer.mlp.fc1.weight_orig.mul_(2)
+
+
+def hooked(model):
+    for layer in model.vision_model.encoder.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, output: 2 * output)
+        layer.mlp.fc1.register_forward_hook(lambda module, args, output: 2 * output)
+    model.vision_model.compression.stages[0].hidden.register_forward_hook(lambda module, args, output: 2 * output)
+
+
 def replaced(model):
     for layer in model.vision_model.encoder.layers:
         layer.self_attn.k_proj.weight = torch.nn.Parameter(2 * layer.self_attn.k_proj.weight.detach())
@@ -111,7 +144,21 @@ def converted(model):
     model.double().float()
 
 
-@pytest.mark.parametrize("change", [in_place, loaded, trained, replaced, converted])
+CHANGES = [
+    in_place,
+    loaded,
+    trained,
+    fused_optimizer,
+    through_data,
+    other_data,
+    pruned,
+    hooked,
+    replaced,
+    converted,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_it_follows_weights_that_change(model, pixel_values, change):
     before = logits(model, pixel_values)
     model.optimize_for_inference()
@@ -123,11 +170,65 @@ def test_it_follows_weights_that_change(model, pixel_values, change):
     assert change is converted or (after - before).abs().max() > 1e-3
 
 
-def test_a_copy_is_independent(model, pixel_values):
+def test_copies_are_independent(model, pixel_values):
     twin = copy.deepcopy(model.optimize_for_inference())
     expected = logits(model, pixel_values)
-    in_place(model)
+    loaded(model)
     assert_close(logits(twin, pixel_values), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(copy.deepcopy(model), pixel_values), logits(model, pixel_values), atol=1e-5, rtol=1e-5)
+    assert (logits(model, pixel_values) - expected).abs().max() > 1e-3
+
+
+def test_no_weight_is_held_twice(model):
+    before = model.get_memory_footprint()
+    assert model.optimize_for_inference().get_memory_footprint() == before
+
+
+def test_queries_keys_and_values_are_one_product(model):
+    attention, x = model.vision_model.encoder.layers[0].self_attn, torch.randn(1, 2, 17, 48)
+    model.optimize_for_inference()
+    counts = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), Operations() as operations:
+            attention(x)
+        counts.append(operations.names.count("addmm"))
+    assert counts == [4, 2]
+
+
+def test_compiled_models_follow_weights_too(model, pixel_values):
+    model.optimize_for_inference()
+    compiled = torch.compile(model, backend="eager")
+    before = logits(compiled, pixel_values)
+    in_place(model)
+    after = logits(compiled, pixel_values)
+    assert_close(after, model(pixel_values).logits, atol=1e-5, rtol=1e-5)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_exported_programs(model, pixel_values):
+    expected = logits(model, pixel_values)
+    model.optimize_for_inference()
+    with torch.no_grad():
+        program = torch.export.export(model, (pixel_values,), strict=False).module()
+        assert_close(program(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func's own
+def test_derivatives_forward_and_batching_work_without_gradients(model, pixel_values):
+    model.set_attn_implementation("eager")
+    expected = logits(model, pixel_values)
+    model.optimize_for_inference()
+
+    def run(x):
+        return model(x).logits
+
+    with torch.no_grad():
+        assert_close(torch.vmap(run)(pixel_values[None])[0], expected, atol=1e-5, rtol=1e-5)
+        tangent = torch.randn_like(pixel_values)
+        _, found = torch.func.jvp(run, (pixel_values,), (tangent,))
+        step = 1e-2
+        numeric = (run(pixel_values + step * tangent) - run(pixel_values - step * tangent)) / (2 * step)
+    assert_close(found, numeric, atol=1e-2, rtol=1e-1)
 
 
 def test_merged_adapters(tiny_config, pixel_values):
@@ -194,11 +295,16 @@ def test_adapters_of_peft_are_refused_before_and_heard_after(model, pixel_values
     peft = pytest.importorskip("peft", reason="peft is not installed")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
     with_lora = peft.get_peft_model(copy.deepcopy(model), lora).eval()
-    with pytest.raises(ValueError, match="q_proj is a Linear.*merge adapters"):
+    with pytest.raises(ValueError, match="q_proj is a foreign Linear.*merge adapters"):
         with_lora.base_model.model.optimize_for_inference()
+    lora_of_inti = peft.LoraConfig(r=2, target_modules=["hidden"], init_lora_weights=False)
+    with pytest.raises(ValueError, match="hidden is a foreign Linear"):
+        peft.get_peft_model(copy.deepcopy(model), lora_of_inti).base_model.model.optimize_for_inference()
     later = peft.get_peft_model(model.optimize_for_inference(), lora).eval()
     later.load_state_dict(with_lora.state_dict(), strict=False)
-    assert_close(logits(later, pixel_values), logits(with_lora, pixel_values), atol=1e-5, rtol=1e-5)
+    expected = logits(with_lora, pixel_values)
+    assert_close(logits(later, pixel_values), expected, atol=1e-5, rtol=1e-5)
+    assert_close(logits(later.merge_and_unload(), pixel_values), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.ao says that it will move
@@ -208,11 +314,11 @@ def test_quantised_models_are_refused(model):
         quantised.optimize_for_inference()
 
 
-def test_models_without_weights_are_refused(tiny_config):
-    with torch.device("meta"):
-        model = InTIClipForVideoClassification(tiny_config())
-    with pytest.raises(ValueError, match="offloaded"):
+def test_models_without_weights_are_refused_as_a_whole(model, pixel_values):
+    model.vision_model.encoder.layers[3].mlp.fc2.to("meta")
+    with pytest.raises(ValueError, match="fc2 are offloaded"):
         model.optimize_for_inference()
+    assert not any(getattr(module, "optimized", False) for module in model.modules())
 
 
 @pytest.mark.slow
