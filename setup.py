@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hf_inti" / "__init__.py").read_text())[1]
 TRAIN = ["kornia>=0.9", "matplotlib>=3.9", "pyyaml>=6"]
 DEMO = ["gradio>=6.31,<7", "matplotlib>=3.9", "pyyaml>=6"]
+EXPORT = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.7"]
 
 setup(
     name="hf_inti",
@@ -32,6 +33,16 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
-        "test": [*TRAIN, *DEMO, "peft>=0.21", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.15", "selenium>=4.40"],
+        "export": EXPORT,
+        "test": [
+            *TRAIN,
+            *DEMO,
+            *EXPORT,
+            "peft>=0.21",
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "ruff>=0.15",
+            "selenium>=4.40",
+        ],
     },
 )

@@ -14,6 +14,9 @@ from .video_data import BadVideos, VideoClips, collate, label_names_of
 from .video_processing_inti_clip import InTIClipVideoProcessor
 
 
+AHEAD = 8  # views that each worker may decode before they are needed; one is 10 MB in the usual shape
+
+
 class Views:
     """All test views of a video: (video, generator) -> pixel_values (V, T, 3, H, W), clip-major."""
 
@@ -53,6 +56,35 @@ def evaluation_loader(clips: VideoClips, accelerator: Accelerator, batch_size: i
     """A prepared loader of `clips`, which need `on_bad_video="keep"` and `Views`."""
     loader = DataLoader(clips, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     return accelerator.prepare_data_loader(loader)
+
+
+class _Begun:
+    """A DataLoader whose workers decode the first pass from now on, not from when the first batch is asked for."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader, self.first = loader, iter(loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        first, self.first = self.first, None
+        return iter(self.loader) if first is None else first
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
+
+def prediction_loader(clips: VideoClips, accelerator: Accelerator, batch_size: int, num_workers: int) -> DataLoader:
+    """An `evaluation_loader` whose workers have begun and keep AHEAD views ready: make it, then load the model."""
+    views = clips.transform.options["num_clips"] * clips.transform.options["num_crops"]
+    ahead = max(2, AHEAD // (views * batch_size)) if num_workers else None
+    loader = DataLoader(
+        clips, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, prefetch_factor=ahead
+    )
+    loader = accelerator.prepare_data_loader(loader)
+    loader.base_dataloader = _Begun(loader.base_dataloader)
+    return loader
 
 
 def evaluate_loader(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> tuple[dict, dict, BadVideos]:

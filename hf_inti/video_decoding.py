@@ -17,6 +17,7 @@ import os
 import stat
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import chain, pairwise
 from typing import Any, BinaryIO, NamedTuple
@@ -34,6 +35,7 @@ _PLANNED_CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4")
 _SKIPPING_CODECS = ("h264", "mpeg4")
 _SMALLEST_MPEG4_FRAME = 16  # bytes; a smaller packet is a placeholder that shows nothing
 _SEEK_GAP = 48  # reading this many packets is cheaper than a seek
+_MOST_DECODERS = 4  # at once, each with a few frames in memory
 _INTRA = 1  # FFmpeg's AV_PICTURE_TYPE_I
 
 Source = str | os.PathLike | bytes | BinaryIO
@@ -81,7 +83,9 @@ class VideoReader:
     def __init__(self, source: Source):
         self._av = _import_av()
         self._file, self._name, self._owned = _open_file(source)
-        self._reformatter = self._av.video.reformatter.VideoReformatter()  # kept: it takes time to set up
+        self._again = source if self._owned else None  # what gives the same file anew, to be read independently
+        if type(self._file) is io.BytesIO:
+            self._again = self._file.getvalue()  # no copy, if it was made of bytes
         try:
             self._scan()
         except BaseException:
@@ -100,7 +104,9 @@ class VideoReader:
 
         Args:
             indices: from 0 to `num_frames - 1`, in any order. Repeats share one result.
-            transform: applied to each frame as soon as it is decoded, so that only its results are kept.
+            transform: applied to each frame as soon as it is decoded, so that only its results are kept. Parts of
+                the video that do not depend on each other are decoded side by side, with at most as many threads as
+                torch uses: it may be called by several of them at once, and with the frames in any order.
 
         Returns:
             For each index the frame, (H, W, 3) uint8 RGB, or what `transform` made of it, in the order asked.
@@ -114,19 +120,28 @@ class VideoReader:
         if not indices:
             return []
         wanted = set(indices)
-        for frames in (self._planned(wanted), self._sequential(last=max(wanted))):
+
+        def convert(frames: Iterator[tuple[int | None, Any]]) -> tuple[dict[int, Any], int]:
+            """The results of those of the frames that are wanted, and how many frames there were."""
             results, num_decoded = {}, 0
-            try:
-                with closing(frames):  # which closes the container too
-                    for index, frame in frames:
-                        num_decoded += 1
-                        if index in wanted:
-                            rgb = self._to_rgb(frame)
-                            results[index] = rgb if transform is None else transform(rgb)
-            except _PlanFailed:
-                continue
+            reformatter = self._av.video.reformatter.VideoReformatter()  # one for all: it takes time to set up
+            with closing(frames):  # which closes the container too
+                for index, frame in frames:
+                    num_decoded += 1
+                    if index in wanted:
+                        rgb = _to_rgb(frame, reformatter)
+                        results[index] = rgb if transform is None else transform(rgb)
+            return results, num_decoded
+
+        try:
+            results = self._read_planned(wanted, convert)
             if len(results) == len(wanted):
                 return [results[index] for index in indices]
+        except _PlanFailed:
+            pass
+        results, num_decoded = convert(self._sequential(last=max(wanted)))
+        if len(results) == len(wanted):
+            return [results[index] for index in indices]
         missing = min(wanted - results.keys())
         raise self._error(f"frame {missing} of {self.num_frames} is corrupt or cut off, {num_decoded} decode")
 
@@ -148,7 +163,8 @@ class VideoReader:
         self._pts = []  # of every packet, in the order of decoding
         self._keys = []  # of every key frame: (position in _pts, pts, where to seek to)
         shown, smallest, first, sound = [], _SMALLEST_MPEG4_FRAME, None, True
-        with self._container() as (container, stream):
+        with self._container(self._file) as (container, stream):
+            stream.codec_context.thread_type = "NONE"  # FFmpeg's threads take longer to start than one frame to decode
             try:
                 for packet in _packets(container, stream):
                     sound = sound and packet.pts is not None and not packet.is_corrupt
@@ -210,7 +226,7 @@ class VideoReader:
 
     def _sequential(self, last: int | None = None) -> Iterator[tuple[int | None, Any]]:
         """Yields (index, frame) from the start of the video to frame `last`, its end or the first failure."""
-        with self._container() as (container, stream):
+        with self._container(self._file) as (container, stream):
             count = 0
             try:
                 for packet in chain(_packets(container, stream), [None]):
@@ -223,17 +239,40 @@ class VideoReader:
             except Exception:  # whatever the file provokes: the frames up to here are good
                 return
 
-    def _planned(self, wanted: set[int]) -> Iterator[tuple[int | None, Any]]:
-        """Yields (index, frame) of the wanted frames and others, right if it does not raise _PlanFailed."""
+    def _read_planned(self, wanted: set[int], convert: Callable) -> dict[int, Any]:
+        """The results of `convert` for the wanted frames. Raises _PlanFailed."""
         if self._index_of is None:
             raise _PlanFailed()
         targets = {self._positions[index] for index in wanted}
-        with self._container() as (container, stream):
-            # Slice threads hide errors: with them FFmpeg marks no frame as corrupt.
+        todo = self._runs(wanted)
+        decoders = min(len(todo), torch.get_num_threads(), _MOST_DECODERS)
+        if self._again is None or get_worker_info() is not None:  # the other workers keep the other cores busy
+            decoders = 1
+        runs = iter(todo)  # shared: whoever is free takes the next
+        with ThreadPoolExecutor(max(1, decoders - 1)) as pool:  # starts no thread before there is work
+            others = [pool.submit(self._planned_beside, runs, targets, convert) for _ in range(decoders - 1)]
+            try:
+                results, _ = convert(self._planned(self._file, runs, targets))
+            finally:
+                for _ in runs:  # after a failure nobody goes on
+                    pass
+            for other in others:
+                results |= other.result()
+        return results
+
+    def _planned_beside(self, runs: Iterator, targets: set[int], convert: Callable) -> dict[int, Any]:
+        with closing(_open_file(self._again)[0]) as file:
+            return convert(self._planned(file, runs, targets))[0]
+
+    def _planned(self, file: BinaryIO, runs: Iterator, targets: set[int]) -> Iterator[tuple[int | None, Any]]:
+        """Yields (index, frame) of the targets in `runs` and others, right if it does not raise _PlanFailed."""
+        with self._container(file) as (container, stream):
+            # FFmpeg's own threads hide errors: with those for slices no frame is marked as corrupt, with those for
+            # frames not every one that is.
             stream.codec_context.thread_type = "NONE"
             try:
                 packets, reached = _packets(container, stream), 0
-                for start, stop, seek_to in self._runs(wanted):
+                for start, stop, seek_to in runs:
                     if start - reached > _SEEK_GAP:
                         container.seek(seek_to, stream=stream)
                         packets = _packets(container, stream)
@@ -281,13 +320,13 @@ class VideoReader:
         return runs
 
     @contextmanager
-    def _container(self) -> Iterator[tuple[Any, Any]]:
+    def _container(self, file: BinaryIO) -> Iterator[tuple[Any, Any]]:
         """The file and its first video stream, opened anew: a pass inherits no state from the one before."""
         try:
-            self._file.seek(0)
+            file.seek(0)
             # No protocol but the file in hand: a playlist would let a video read other files, and the network.
             options = {"protocol_whitelist": ""}
-            container = self._av.open(self._file, mode="r", metadata_errors="ignore", options=options)
+            container = self._av.open(file, mode="r", metadata_errors="ignore", options=options)
         except Exception as error:
             raise self._error(f"not a video that can be opened: {_one_line(error)}") from error
         with container:
@@ -299,10 +338,6 @@ class VideoReader:
                 videos[0].codec_context.thread_type = "NONE"
                 videos[0].codec_context.thread_count = 1  # some decoders' own threads heed only this
             yield container, videos[0]
-
-    def _to_rgb(self, frame) -> torch.Tensor:
-        rgb = torch.from_numpy(self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-        return torch.rot90(rgb, _quarter_turns(frame)).contiguous()  # (H, W, 3)
 
     def _error(self, reason: str, advice: str = "replace the file or leave it out") -> VideoDecodingError:
         return VideoDecodingError(f"{self._name}: {reason} ({advice})")
@@ -383,6 +418,13 @@ def _packets(container, stream) -> Iterator:
 def _decode(stream, packet) -> list:
     """Sends one packet (None: the end) to the decoder and returns the frames that come out of it."""
     return stream.decode(packet)
+
+
+def _to_rgb(frame, reformatter) -> torch.Tensor:
+    """The frame upright, (H, W, 3) uint8."""
+    rgb = torch.from_numpy(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+    turns = _quarter_turns(frame)
+    return torch.rot90(rgb, turns).contiguous() if turns else rgb  # it copies even where there is nothing to turn
 
 
 def _quarter_turns(frame) -> int:

@@ -115,8 +115,8 @@ def crop(frame: torch.Tensor, height: int, width: int, place: int = 1) -> torch.
     """
     full_height, full_width = frame.shape[-2:]
     pad_height, pad_width = max(height - full_height, 0), max(width - full_width, 0)
-    # The extra pixel of an odd padding goes to the top and the left.
-    frame = F.pad(frame, (-(-pad_width // 2), pad_width // 2, -(-pad_height // 2), pad_height // 2))
+    if pad_height or pad_width:  # the extra pixel of an odd padding goes to the top and the left
+        frame = F.pad(frame, (-(-pad_width // 2), pad_width // 2, -(-pad_height // 2), pad_height // 2))
     room_height, room_width = frame.shape[-2] - height, frame.shape[-1] - width
     top, left = room_height // 2, room_width // 2
     if full_height > full_width:
@@ -201,7 +201,8 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
         """
         options = self._options(overrides)
         batch = [self._views(video, f"video {i}", options) for i, video in enumerate(_make_batch(videos))]
-        pixel_values = _finish(_stack(batch, "videos"), options)  # (B, V, T, 3, H, W)
+        frames = _stack(batch, "videos") if len(batch) > 1 else batch[0][None]
+        pixel_values = _finish(frames, options)  # (B, V, T, 3, H, W)
         if options.num_clips * options.num_crops == 1:
             pixel_values = pixel_values[:, 0]
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
@@ -239,15 +240,19 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
         def choose(total):
             return [i for clip in range(options.num_clips) for i in _choose(total, options, clip=clip)]
 
-        def transform(frame):  # keeps memory bounded: the full frame is gone before the next one is decoded
-            frame = _resize(frame, options)
+        def transform(frame):
+            # What torch does with its threads would disturb decoding, which goes on beside this: crops are cut out
+            # as views, and copied together when all is decoded. They may hold on to a resized frame, not to a full one.
+            resized = _resize(frame, options)
             if not options.do_center_crop:
-                return frame[None]
-            return torch.stack([crop(frame, height, width, place) for place in places])
+                return [resized]
+            crops = [crop(resized, height, width, place) for place in places]
+            return [cut.clone() for cut in crops] if resized is frame else crops
 
-        views = _stack(_read_frames(video, name, choose, transform), "frames")  # (clips * T, crops, 3, H, W)
-        views = views.unflatten(0, (options.num_clips, -1)).transpose(1, 2)  # (clips, crops, T, 3, H, W)
-        return views.flatten(0, 1)
+        frames = _read_frames(video, name, choose, transform)
+        views = _stack([cut for crops in frames for cut in crops], "frames")
+        views = views.unflatten(0, (options.num_clips, -1, len(places)))  # (clips, T, crops, 3, H, W)
+        return views.transpose(1, 2).flatten(0, 1)
 
     def _options(self, overrides):
         """The attributes, or the overrides that are not None; all checked."""
@@ -328,14 +333,14 @@ def _resize(frame, options):
 
 
 def _finish(frames, options):
-    frames = frames.to(torch.float32)
-    if options.do_rescale:
-        frames = frames * options.rescale_factor
-    if options.do_normalize:
-        mean = torch.tensor(options.image_mean, device=frames.device).view(-1, 1, 1)
-        std = torch.tensor(options.image_std, device=frames.device).view(-1, 1, 1)
-        frames = (frames - mean) / std
-    return frames
+    """In one copy of the frames: every further one would cost as much as the arithmetic."""
+    frames = frames.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    scale = options.rescale_factor if options.do_rescale else 1.0
+    if not options.do_normalize:
+        return frames.mul_(scale)
+    mean = torch.tensor(options.image_mean, device=frames.device).view(-1, 1, 1)
+    std = torch.tensor(options.image_std, device=frames.device).view(-1, 1, 1)
+    return frames.mul_(scale / std).sub_(mean / std)
 
 
 def _stack(tensors, what):

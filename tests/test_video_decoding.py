@@ -6,6 +6,7 @@ import pickle
 import random
 import struct
 import sys
+import threading
 import weakref
 from fractions import Fraction
 from itertools import accumulate, cycle
@@ -369,6 +370,59 @@ def test_an_error_of_the_transform_is_passed_on(clip):
         with pytest.raises(KeyError, match="mine"):
             reader.read([5], transform)
         assert len(reader.read([5])) == 1
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def together(results):
+    """A transform that only goes on when two threads are in it at once, each for the first time."""
+    threads, both = set(), threading.Barrier(2)
+
+    def transform(frame):
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            both.wait(timeout=60)
+        return results(frame)
+
+    return transform
+
+
+def test_parts_are_decoded_side_by_side(clip, two_threads):
+    frames = list(reference(clip))
+    for source in (clip, clip.read_bytes(), io.BytesIO(clip.read_bytes())):
+        assert_exact(source, frames)
+        with VideoReader(source) as reader:
+            got = reader.read([50, 3, 30, 50], together(lambda frame: frame))
+            assert all(torch.equal(frame, frames[i]) for frame, i in zip(got, [50, 3, 30, 50], strict=True))
+            got[1].zero_()  # of nobody else
+            assert torch.equal(reader.read([3])[0], frames[3])
+
+
+def test_what_goes_wrong_in_one_part_is_told(clip, two_threads):
+    main = threading.get_ident()
+
+    def fail_beside(frame):
+        if threading.get_ident() != main:
+            raise KeyError("mine")
+
+    with VideoReader(clip) as reader:
+        with pytest.raises(KeyError, match="mine"):
+            reader.read([3, 50], together(fail_beside))
+        assert len(reader.read([3, 50])) == 2
+
+
+def test_one_thread_decodes_where_others_have_work(clip, two_threads, monkeypatch):
+    def idents(source):
+        with VideoReader(source) as reader:
+            return set(reader.read([3, 30, 50], lambda frame: threading.get_ident()))
+
+    with open(clip, "rb") as file:  # which cannot be read in two places at once
+        assert idents(file) == {threading.get_ident()}
+    monkeypatch.setattr(video_decoding, "get_worker_info", lambda: "a worker")
+    assert idents(clip) == {threading.get_ident()}
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])

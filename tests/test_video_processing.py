@@ -18,7 +18,7 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification, pipelin
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_inti import video_processing_inti_clip
+from hf_inti import video_decoding, video_processing_inti_clip
 from hf_inti.video_decoding import VideoDecodingError
 from hf_inti.video_processing_inti_clip import InTIClipVideoProcessor, crop, sample_indices
 
@@ -179,6 +179,7 @@ def test_views_are_clip_major():
     views = processor(frames).pixel_values
     assert views.shape == (1, 6, 2, 3, 4, 4) and views.is_contiguous()
     assert views[0, :, :, 0, 0, 0].tolist() == [[2, 8]] * 3 + [[4, 10]] * 3  # clips 0, 1
+    assert processor(frames, num_clips=1).pixel_values.is_contiguous()
     marked = (views[0, :, 0, 1] - views[0, :, 0, 0]).mean(dim=(1, 2))
     assert marked.tolist() == [0, 50, 100, 0, 50, 100]  # left, centre, right
 
@@ -362,7 +363,7 @@ def test_each_frame_is_resized_as_it_is_decoded(monkeypatch):
                 decoded.append(i)
                 frames[i] = transform(torch.full((360, 480, 3), i, dtype=torch.uint8))
                 # What is kept must not hold on to the decoded frame.
-                assert frames[i].untyped_storage().nbytes() <= 3 * 3 * 32 * 32
+                assert all(crop.untyped_storage().nbytes() <= 3 * 3 * 32 * 32 for crop in frames[i])
             return [frames[i] for i in indices]
 
     monkeypatch.setattr(video_processing_inti_clip, "VideoReader", Reader)
@@ -373,6 +374,36 @@ def test_each_frame_is_resized_as_it_is_decoded(monkeypatch):
     wanted = [[int(Fraction(40, 16) * (i + Fraction(k + 1, 5))) for i in range(16)] for k in range(4)]
     assert (255 * views[0, ::3, :, 0, 0, 0]).round().int().tolist() == wanted
     assert decoded == sorted({i for clip in wanted for i in clip})
+
+
+def test_views_decode_and_resize_each_frame_once(tmp_path, monkeypatch):
+    frames = noisy_frames(40, 48, 64)
+    path = write_video(tmp_path / "clip.mkv", frames)
+    counts = {"_to_rgb": 0, "resize": 0}
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def counted(*args):
+            counts[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(video_decoding, "_to_rgb")
+    count(video_processing_inti_clip, "resize")
+    processor = InTIClipVideoProcessor(num_frames=16, num_clips=4, num_crops=3, size=32, crop_size=32)
+    views = processor(path).pixel_values
+    wanted = {i for clip in range(4) for i in sample_indices(40, num_frames=16, num_clips=4, clip=clip)}
+    assert len(wanted) < 4 * 16 and counts == {"_to_rgb": len(wanted), "resize": len(wanted)}
+    assert torch.equal(views, processor(frames).pixel_values)
+
+
+def test_crops_do_not_hold_on_to_frames_that_are_not_resized(monkeypatch):
+    kept, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: kept.extend(tensors) or stack(tensors))
+    InTIClipVideoProcessor(do_resize=False, crop_size=8)(noisy_frames(4, 90, 120))
+    assert len(kept) == 16 and all(crop.untyped_storage().nbytes() == 3 * 8 * 8 for crop in kept)
 
 
 def test_load_frames_and_finish_make_up_a_call():
