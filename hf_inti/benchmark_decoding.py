@@ -77,14 +77,14 @@ def pictures(num_frames: int, width: int, height: int) -> Iterator[np.ndarray]:
 
 
 def make_clip(path: Path, seconds: int, width: int, height: int, key_frame_distance: int) -> Path:
-    """Write an H.264 file of `pictures`, as libx264 does by default, one slice a frame.
+    """Write an H.264 file of `pictures`, by libx264 with its defaults but for `key_frame_distance`, in frames.
 
-    `key_frame_distance` is the largest, in frames; x264 puts more where the picture changes at once.
+    At scene changes there are no further key frames: long distances are what is hard to decode in parts.
     """
     part = path.with_suffix(".part.mp4")
     packets = []
     with av.open(str(part), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"g": str(key_frame_distance)})
+        stream = container.add_stream("libx264", rate=RATE, options={"g": str(key_frame_distance), "sc_threshold": "0"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_type = "FRAME"  # PyAV's own default makes several slices of each frame
         for picture in pictures(RATE * min(seconds, ENCODED_SECONDS), width, height):

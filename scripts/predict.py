@@ -82,7 +82,8 @@ def main() -> int:
     dataset = datasets.Dataset.from_dict({"video": paths, "label": [-1] * len(paths)}, features=features)
     clips = VideoClips(dataset, Views(processor, args.num_clips, args.num_crops), on_bad_video="keep")
     loader = prediction_loader(clips, accelerator, batch_size, min(num_workers, len(paths) - 1))
-    model = InTIClipForVideoClassification.from_pretrained(args.model)  # while the first videos are decoded
+    # While the first videos are decoded.
+    model = InTIClipForVideoClassification.from_pretrained(args.model).optimize_for_inference()
     names = model.config.id2label
     width = max(len(path) for path in paths)
     broken = 0
