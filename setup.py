@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 HERE = Path(__file__).parent
@@ -17,7 +17,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["hf_inti"],
+    packages=find_packages(include=["hf_inti", "hf_inti.*"]),
     python_requires=">=3.11",
     # Lower bounds: what the package is known to need; constraints.txt has what it was last tested with.
     install_requires=[

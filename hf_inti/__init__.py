@@ -10,10 +10,10 @@ from .auto_registration import register, register_when_used
 
 
 if TYPE_CHECKING:
-    from .configuration_inti_clip import InTIClipVisionConfig
-    from .modeling_inti_clip import InTIClipForVideoClassification, InTIClipVisionModel
-    from .video_decoding import VideoDecodingError
-    from .video_processing_inti_clip import InTIClipVideoProcessor
+    from .model.configuration_inti_clip import InTIClipVisionConfig
+    from .model.modeling_inti_clip import InTIClipForVideoClassification, InTIClipVisionModel
+    from .model.video_decoding import VideoDecodingError
+    from .model.video_processing_inti_clip import InTIClipVideoProcessor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "InTIClipForVideoClassification": "modeling_inti_clip",
-    "InTIClipVideoProcessor": "video_processing_inti_clip",
-    "InTIClipVisionConfig": "configuration_inti_clip",
-    "InTIClipVisionModel": "modeling_inti_clip",
-    "VideoDecodingError": "video_decoding",
+    "InTIClipForVideoClassification": "model.modeling_inti_clip",
+    "InTIClipVideoProcessor": "model.video_processing_inti_clip",
+    "InTIClipVisionConfig": "model.configuration_inti_clip",
+    "InTIClipVisionModel": "model.modeling_inti_clip",
+    "VideoDecodingError": "model.video_decoding",
 }
 
 register_when_used()

@@ -36,9 +36,9 @@ def _register() -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # at the top it needs torchvision
 
-    from .configuration_inti_clip import InTIClipVisionConfig
-    from .modeling_inti_clip import InTIClipForVideoClassification, InTIClipVisionModel
-    from .video_processing_inti_clip import InTIClipVideoProcessor
+    from .model.configuration_inti_clip import InTIClipVisionConfig
+    from .model.modeling_inti_clip import InTIClipForVideoClassification, InTIClipVisionModel
+    from .model.video_processing_inti_clip import InTIClipVideoProcessor
 
     AutoConfig.register(InTIClipVisionConfig.model_type, InTIClipVisionConfig, exist_ok=True)  # as after an interrupt
     AutoModel.register(InTIClipVisionConfig, InTIClipVisionModel, exist_ok=True)

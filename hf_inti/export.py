@@ -19,8 +19,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .modeling_inti_clip import InTIClipForVideoClassification
-from .video_processing_inti_clip import OPTIONS, InTIClipVideoProcessor
+from .model.modeling_inti_clip import InTIClipForVideoClassification
+from .model.video_processing_inti_clip import OPTIONS, InTIClipVideoProcessor
 
 
 TOLERANCE = 1e-4  # largest difference of logits that is put down to rounding

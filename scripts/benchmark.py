@@ -25,16 +25,16 @@ from importlib import import_module
 
 from transformers.utils.logging import disable_progress_bar
 
-from hf_inti.recipes import run_script
+from hf_inti.training.arguments import run_script
 
 
 # The module of the package and the function in it.
 COMMANDS = {
-    "models": ("benchmark_models", "main"),
-    "growth": ("benchmark_growth", "main"),
-    "decoding": ("benchmark_decoding", "main"),
-    "prediction": ("benchmark_decoding", "main_prediction"),
-    "export": ("benchmark_export", "main"),
+    "models": ("benchmarks.models", "main"),
+    "growth": ("benchmarks.growth", "main"),
+    "decoding": ("benchmarks.decoding", "main"),
+    "prediction": ("benchmarks.decoding", "main_prediction"),
+    "export": ("benchmarks.export", "main"),
 }
 
 

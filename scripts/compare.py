@@ -4,7 +4,7 @@
     python scripts/compare.py methods --help
 
 `costs` prints multiply-adds and parameters of the papers' models beside the published figures, counted on the meta
-device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what follows to hf_inti.comparison.
+device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what follows to hf_inti.comparison.run.
 """
 
 import os
@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipVisionConfig
-from hf_inti.costs import count_costs
-from hf_inti.published import REASONS, TABLES, TOWERS, VIDEOMAE, Table
-from hf_inti.recipes import run_script
-from hf_inti.videomae import apply_sta
+from hf_inti.hosts.videomae import apply_sta
+from hf_inti.measure.costs import count_costs
+from hf_inti.papers.published import REASONS, TABLES, TOWERS, VIDEOMAE, Table
+from hf_inti.training.arguments import run_script
 
 
 HEADS = ["model", "size", "reading", "GFLOPs", "GMACs", "diff", "M", "ours", "diff", "why"]
@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("arguments", nargs=REMAINDER, help="Of methods.")
     args = parser.parse_args()
     if args.command == "methods":
-        from hf_inti.comparison import main as methods  # which needs much that costs does not
+        from hf_inti.comparison.run import main as methods  # which needs much that costs does not
 
         return methods(args.arguments)
     if args.arguments:

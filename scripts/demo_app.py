@@ -24,10 +24,10 @@ from make_demo_data import render_clip, write_video
 from PIL import Image
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig, VideoDecodingError
-from hf_inti.costs import Cost, count_costs
-from hf_inti.recipes import parse_arguments, run_script
-from hf_inti.video_decoding import VideoReader
-from hf_inti.video_lists import VIDEO_EXTENSIONS
+from hf_inti.data.layouts import VIDEO_EXTENSIONS
+from hf_inti.measure.costs import Cost, count_costs
+from hf_inti.model.video_decoding import VideoReader
+from hf_inti.training.arguments import parse_arguments, run_script
 from hf_inti.visualization import draw_compression
 
 

@@ -22,13 +22,13 @@ import datasets
 from accelerate import Accelerator
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.card_facts import fingerprint
-from hf_inti.evaluation import Views, end_processes, evaluate_loader, evaluation_loader
-from hf_inti.metrics import video_scores
-from hf_inti.recipes import parse_arguments, run_script
-from hf_inti.training import describe_run
-from hf_inti.video_data import VideoClips, align_labels, load_video_dataset
-from hf_inti.video_lists import LAYOUTS
+from hf_inti.data.datasets import VideoClips, align_labels, load_video_dataset
+from hf_inti.data.layouts import LAYOUTS
+from hf_inti.hub.metadata import fingerprint
+from hf_inti.training.arguments import parse_arguments, run_script
+from hf_inti.training.evaluation import Views, end_processes, evaluate_loader, evaluation_loader
+from hf_inti.training.metrics import video_scores
+from hf_inti.training.setup import describe_run
 from hf_inti.visualization import confusion_matrix
 
 

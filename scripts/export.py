@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.evaluation import Views, evaluate_loader, evaluation_loader
+from hf_inti.data.datasets import VideoClips, align_labels, load_video_dataset
+from hf_inti.data.layouts import LAYOUTS
 from hf_inti.export import (
     ExportedModel,
     check_exported,
@@ -33,9 +34,8 @@ from hf_inti.export import (
     needs,
     quantize_onnx,
 )
-from hf_inti.recipes import parse_arguments, run_script
-from hf_inti.video_data import VideoClips, align_labels, load_video_dataset
-from hf_inti.video_lists import LAYOUTS
+from hf_inti.training.arguments import parse_arguments, run_script
+from hf_inti.training.evaluation import Views, evaluate_loader, evaluation_loader
 
 
 EXPORTERS = {"onnx": export_onnx, "pt2": export_program}

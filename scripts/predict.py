@@ -24,10 +24,10 @@ from datasets import Features, Value, Video
 from tqdm import tqdm
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.evaluation import Views, end_processes, predict_batches, prediction_loader
-from hf_inti.recipes import parse_arguments, run_script
-from hf_inti.video_data import VideoClips
-from hf_inti.video_lists import VIDEO_EXTENSIONS
+from hf_inti.data.datasets import VideoClips
+from hf_inti.data.layouts import VIDEO_EXTENSIONS
+from hf_inti.training.arguments import parse_arguments, run_script
+from hf_inti.training.evaluation import Views, end_processes, predict_batches, prediction_loader
 
 
 @dataclass

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from huggingface_hub.utils import enable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
-from hf_inti.hub import push_model
-from hf_inti.recipes import parse_arguments, run_script
+from hf_inti.hub.push import push_model
+from hf_inti.training.arguments import parse_arguments, run_script
 
 
 @dataclass
@@ -35,7 +35,7 @@ class PushArguments:
         default=None, metadata={"help": "results.json of evaluate.py; without it the card claims no accuracy."}
     )
     benchmark: str | None = field(
-        default=None, metadata={"help": "What hf_inti.comparison_measure wrote; without it the card claims no speed."}
+        default=None, metadata={"help": "What hf_inti.comparison.measure wrote; without it the card claims no speed."}
     )
     example: str | None = field(default=None, metadata={"help": "An .mp4 to show; default: one is drawn."})
     commit_message: str = field(default="Push model", metadata={"help": "Message of the commit."})

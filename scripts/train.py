@@ -32,11 +32,19 @@ from torch.utils.data import DataLoader
 from transformers.utils.logging import disable_progress_bar
 
 from hf_inti import InTIClipVideoProcessor
-from hf_inti.augmentation import BatchMixing
-from hf_inti.evaluation import end_processes, evaluate_loader, evaluation_loader
-from hf_inti.hub import check_repo_id, check_token, push_model
-from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe, run_script
-from hf_inti.training import (
+from hf_inti.data.augmentation import BatchMixing
+from hf_inti.data.datasets import (
+    BadVideos,
+    align_labels,
+    collate,
+    label_names_of,
+    load_video_dataset,
+    stable_hash,
+)
+from hf_inti.hub.push import check_repo_id, check_token, push_model
+from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe, run_script
+from hf_inti.training.evaluation import end_processes, evaluate_loader, evaluation_loader
+from hf_inti.training.setup import (
     MetricsLog,
     batches_of_all,
     build_clips,
@@ -47,14 +55,6 @@ from hf_inti.training import (
     frame_size,
     newest_checkpoint,
     replace_folder,
-)
-from hf_inti.video_data import (
-    BadVideos,
-    align_labels,
-    collate,
-    label_names_of,
-    load_video_dataset,
-    stable_hash,
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.recipes import parse_arguments, run_script
+from hf_inti.training.arguments import parse_arguments, run_script
 from hf_inti.visualization import draw_compression
 
 

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("kornia", reason="training-time augmentation needs kornia")
 
-from hf_inti.augmentation import BatchMixing, ClipAugmentation, _rand_augment_ops  # noqa: E402
+from hf_inti.data.augmentation import BatchMixing, ClipAugmentation, _rand_augment_ops  # noqa: E402
 
 
 SSV2_FLIPS = {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}
@@ -290,7 +290,7 @@ def test_rand_augment_does_each_drawn_operation_half_of_the_time():
 def test_rand_augment_draws_its_magnitude_around_m_in_both_directions(monkeypatch):
     levels = []
     probe = {"probe": lambda x, level: levels.append(level) or x}
-    monkeypatch.setattr("hf_inti.augmentation._rand_augment_ops", lambda: probe)
+    monkeypatch.setattr("hf_inti.data.augmentation._rand_augment_ops", lambda: probe)
     clip = smooth_clip(1, 8, 8)
     for m, mean, std in ((7, 0.7, 0.05), (10, 0.98, 0.03)):  # the second is cut off at 1
         ClipAugmentation(crop_size=8, rand_augment=f"rand-m{m}-n2000-mstd0.5-inc1")(clip, 0, seeded())
@@ -465,7 +465,7 @@ def test_bad_inputs_are_refused():
 
 def test_kornia_is_imported_late_and_without_warnings():
     code = (
-        "import sys, warnings; from hf_inti.augmentation import BatchMixing, ClipAugmentation; "
+        "import sys, warnings; from hf_inti.data.augmentation import BatchMixing, ClipAugmentation; "
         "assert 'kornia' not in sys.modules; warnings.simplefilter('error'); "
         "ClipAugmentation(); assert 'kornia' in sys.modules"
     )

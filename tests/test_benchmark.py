@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_inti import benchmark_growth, benchmark_models
-from hf_inti.benchmark import Requirement, TimingArguments, cell, interleave, report, summary
-from hf_inti.compression_inti import InTI
+from hf_inti.benchmarks import growth as benchmark_growth
+from hf_inti.benchmarks import models as benchmark_models
+from hf_inti.measure.timing import Requirement, TimingArguments, cell, interleave, report, summary
+from hf_inti.model.compression_inti import InTI
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"

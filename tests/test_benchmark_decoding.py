@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, benchmark_decoding
-from hf_inti.benchmark import read_report
-from hf_inti.benchmark_decoding import (
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
+from hf_inti.benchmarks import decoding as benchmark_decoding
+from hf_inti.benchmarks.decoding import (
     agreement,
     decoding_contestants,
     main,
@@ -17,7 +17,8 @@ from hf_inti.benchmark_decoding import (
     measure_clips,
     measure_memory,
 )
-from hf_inti.video_decoding import decode_frames, probe_video
+from hf_inti.measure.timing import read_report
+from hf_inti.model.video_decoding import decode_frames, probe_video
 
 
 av = pytest.importorskip("av")

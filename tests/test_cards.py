@@ -19,11 +19,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
-from hf_inti.card_facts import CARDS, fingerprint
-from hf_inti.cards import draw_figure, facts_of_run, load_facts, render_card, write_eval_results
-from hf_inti.costs import count_costs
-from hf_inti.published import TOWERS
-from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from hf_inti.hub.card import draw_figure, facts_of_run, load_facts, render_card, write_eval_results
+from hf_inti.hub.metadata import CARDS, fingerprint
+from hf_inti.measure.costs import count_costs
+from hf_inti.papers.published import TOWERS
+from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe
 
 
 ROOT = Path(__file__).parents[1]

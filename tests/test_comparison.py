@@ -20,15 +20,17 @@ from matplotlib.transforms import Bbox
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from conftest import write_video
-from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, comparison, comparison_processes
-from hf_inti.comparison import main
-from hf_inti.comparison_processes import Job, read_json, work_off
-from hf_inti.comparison_report import HEADS, write_report
-from hf_inti.costs import count_costs
+from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
+from hf_inti.comparison import run as comparison
+from hf_inti.comparison.report import HEADS, write_report
+from hf_inti.comparison.run import main
+from hf_inti.measure import jobs as comparison_processes
+from hf_inti.measure.costs import count_costs
+from hf_inti.measure.jobs import Job, read_json, work_off
 
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = "import sys; from hf_inti.recipes import run_script; from hf_inti.comparison import main; "
+SCRIPT = "import sys; from hf_inti.training.arguments import run_script; from hf_inti.comparison.run import main; "
 SCRIPT += "run_script(lambda: main(sys.argv[1:]))"
 DONE = ("result.json", "measurement_*.json")
 RUNS = [(method, seed) for seed in (0, 1) for method in ("Naive", "InTI")]
@@ -283,7 +285,7 @@ def test_report_of_one_seed_and_unknown_memory(tmp_path):
 
 def test_names_in_the_picture_do_not_overlap(tmp_path, monkeypatch):
     """Twelve methods, most of them close together."""
-    from hf_inti import comparison_report
+    from hf_inti.comparison import report as comparison_report
 
     boxes, place = [], comparison_report.place
     monkeypatch.setattr(comparison_report, "place", lambda *args: boxes.append(place(*args)) or boxes[-1])
@@ -309,7 +311,7 @@ def forget_accelerator(monkeypatch):
 @pytest.mark.parametrize("adaptation", ["zeroi2v", "aim"])
 def test_trained_parameters_of_adapters(adaptation, folder, tmp_path):
     """Of a model as training leaves it, they are those that training changed."""
-    from hf_inti.comparison_measure import measure
+    from hf_inti.comparison.measure import measure
 
     options = {"num_frames": 4, "compression": "none", "adaptation": adaptation}
     config = InTIClipVisionConfig.from_clip(str(folder / "tower"), **options)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_inti.compression_inti import InTI
+from hf_inti.model.compression_inti import InTI
 from reference import inti as reference
 
 

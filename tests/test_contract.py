@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hf_inti import InTIClipForVideoClassification
-from hf_inti.adaptation import ADAPTATIONS
-from hf_inti.compression import COMPRESSIONS
-from hf_inti.token_state import Adaptation, Compression, NewLinear, ZeroLinear
+from hf_inti.model.adaptation import ADAPTATIONS
+from hf_inti.model.compression import COMPRESSIONS
+from hf_inti.model.methods import Adaptation, Compression, NewLinear, ZeroLinear
 
 
 class KeepLargestKeys(Compression):

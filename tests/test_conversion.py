@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.conversion import convert_state_dict, detect_adaptation, infer_config, strip_prefix
+from hf_inti.papers.conversion import convert_state_dict, detect_adaptation, infer_config, strip_prefix
 
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_checkpoint.py"

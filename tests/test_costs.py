@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hf_inti import InTIClipVisionConfig
-from hf_inti.costs import count_costs
-from hf_inti.published import REASONS, TABLES
+from hf_inti.measure.costs import count_costs
+from hf_inti.papers.published import REASONS, TABLES
 
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "compare.py")
@@ -203,7 +203,9 @@ def test_costs_prints_tables(monkeypatch, capsys):
 
 def test_methods_hands_on_what_follows(monkeypatch, capsys):
     seen = []
-    monkeypatch.setitem(sys.modules, "hf_inti.comparison", types.SimpleNamespace(main=lambda a: seen.append(a) or 7))
+    monkeypatch.setitem(
+        sys.modules, "hf_inti.comparison.run", types.SimpleNamespace(main=lambda a: seen.append(a) or 7)
+    )
     main = runpy.run_path(SCRIPT)["main"]
     monkeypatch.setattr(sys, "argv", ["compare.py", "methods", "--help", "a", "--steps", "3"])
     assert main() == 7  # its exit status

@@ -32,7 +32,7 @@ from hf_inti import (
     InTIClipVisionModel,
     VideoDecodingError,
 )
-from hf_inti.costs import count_costs
+from hf_inti.measure.costs import count_costs
 
 
 pytest.importorskip("gradio", reason="the demo page needs gradio: pip install -e '.[demo]'")

@@ -13,8 +13,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig, export
-from hf_inti.adaptation import ADAPTATIONS
-from hf_inti.compression import COMPRESSIONS
+from hf_inti.model.adaptation import ADAPTATIONS
+from hf_inti.model.compression import COMPRESSIONS
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export.py"

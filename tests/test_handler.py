@@ -13,7 +13,7 @@ import torch
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
-from hf_inti import handler as source
+from hf_inti.hub import handler as source
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
 
-import hf_inti.hub
-import hf_inti.hub_folder
+import hf_inti.hub.folder
+import hf_inti.hub.push
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
-from hf_inti.card_facts import fingerprint
-from hf_inti.cards import facts_of_run
-from hf_inti.hub import push_folder, push_model
-from hf_inti.hub_folder import PICKLES, files_of, prepare_folder, public_run, validate_folder
+from hf_inti.hub.card import facts_of_run
+from hf_inti.hub.folder import PICKLES, files_of, prepare_folder, public_run, validate_folder
+from hf_inti.hub.metadata import fingerprint
+from hf_inti.hub.push import push_folder, push_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -97,13 +97,13 @@ def copy(prepared, tmp_path):
 @pytest.fixture
 def no_reload(monkeypatch):
     """Leaves out the clean process, which takes long."""
-    monkeypatch.setattr(hf_inti.hub_folder, "check_reload", lambda *arguments: None)
+    monkeypatch.setattr(hf_inti.hub.folder, "check_reload", lambda *arguments: None)
 
 
 @pytest.fixture
 def no_figure(monkeypatch):
     """Leaves out the picture, which takes long too."""
-    monkeypatch.setattr(hf_inti.hub_folder, "draw_figure", lambda *arguments: None)
+    monkeypatch.setattr(hf_inti.hub.folder, "draw_figure", lambda *arguments: None)
 
 
 def ask(hub, method, path, body=None, token=WRITE):
@@ -510,7 +510,7 @@ def test_dry_run_needs_neither_network_nor_token(model_dir, hub, no_reload, no_f
 
 def test_no_token_is_noticed_before_the_work(model_dir, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(hf_inti.hub, "prepare_folder", None)
+    monkeypatch.setattr(hf_inti.hub.push, "prepare_folder", None)
     with pytest.raises(ValueError, match="hf auth login"):
         push_model(model_dir, REPO)
 

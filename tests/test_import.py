@@ -12,7 +12,7 @@ from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 HEAVY = ["transformers.modeling_utils", "datasets", "av", "matplotlib", "kornia", "gradio", "evaluate", "accelerate"]
 LOAD = """
 model = AutoModelForVideoClassification.from_pretrained(folder)
-assert type(model).__module__ == "hf_inti.modeling_inti_clip"
+assert type(model).__module__ == "hf_inti.model.modeling_inti_clip"
 """
 
 
@@ -51,7 +51,7 @@ def saved(tmp_path_factory):
         "from transformers import AutoConfig, CLIPVisionModel; import hf_inti; "
         "from transformers import AutoModelForVideoClassification",
         "import hf_inti; from transformers import CLIPVisionModel, pipeline, AutoModelForVideoClassification",
-        "from hf_inti import modeling_inti_clip; from transformers import AutoModelForVideoClassification",
+        "from hf_inti.model import modeling_inti_clip; from transformers import AutoModelForVideoClassification",
     ],
 )
 def test_loads_without_a_trust_flag_in_any_order_of_imports(imports, saved):
@@ -89,7 +89,7 @@ assert {type(config).__name__ for config in found} == {"InTIClipVisionConfig"}
 
 @pytest.mark.slow
 def test_a_configuration_alone_makes_a_model(saved):
-    code = "import sys; from hf_inti.configuration_inti_clip import InTIClipVisionConfig"
+    code = "import sys; from hf_inti.model.configuration_inti_clip import InTIClipVisionConfig"
     code += "; from transformers import AutoModel; config = InTIClipVisionConfig.from_pretrained(sys.argv[1])"
     run(f"{code}; AutoModel.from_config(config)", saved)
 

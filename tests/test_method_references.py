@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipVisionModel
-from hf_inti.token_state import TokenState
-from hf_inti.video_layers import depthwise_conv3d
-from hf_inti.videomae import apply_sta
+from hf_inti.hosts.videomae import apply_sta
+from hf_inti.model.layers import depthwise_conv3d
+from hf_inti.model.methods import TokenState
 from reference import aim, pooling, st_adapter, sta, stts, tome, uniformerv2, zeroi2v
 
 

@@ -8,11 +8,11 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
-from hf_inti import compression_stts as stts
-from hf_inti.adaptation import ADAPTATIONS
-from hf_inti.compression import COMPRESSIONS
-from hf_inti.token_state import TokenState
-from hf_inti.trainer import TrainingProgressCallback
+from hf_inti.model import compression_stts as stts
+from hf_inti.model.adaptation import ADAPTATIONS
+from hf_inti.model.compression import COMPRESSIONS
+from hf_inti.model.methods import TokenState
+from hf_inti.training.callbacks import TrainingProgressCallback
 from hf_inti.visualization import left_of_frames
 
 

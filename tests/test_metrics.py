@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_inti import metrics
-from hf_inti.metrics import VideoAccuracy, video_scores
+from hf_inti.training import metrics
+from hf_inti.training.metrics import VideoAccuracy, video_scores
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from transformers import (
 
 from conftest import TINY
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
-from hf_inti.compression_inti import InTI
-from hf_inti.costs import count_costs
+from hf_inti.measure.costs import count_costs
+from hf_inti.model.compression_inti import InTI
 from reference import naive
 
 

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, VideoMAEConfig, Vide
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
-from hf_inti.costs import count_costs
+from hf_inti.measure.costs import count_costs
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

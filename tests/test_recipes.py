@@ -8,8 +8,8 @@ import yaml
 from transformers import CLIPVisionConfig
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
-from hf_inti.published import TABLES
-from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from hf_inti.papers.published import TABLES
+from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe
 
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "recipes"

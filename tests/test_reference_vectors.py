@@ -17,16 +17,16 @@ from torch.testing import assert_close
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
-from hf_inti import compression_stts as stts
-from hf_inti import compression_tome as tome
-from hf_inti.adaptation_st_adapter import SpatioTemporalAdapter
-from hf_inti.adaptation_uniformerv2 import GlobalBlock, LocalMHRA
-from hf_inti.adaptation_zeroi2v import shift_frames
-from hf_inti.compression_sta import prune
-from hf_inti.conversion import convert_state_dict, infer_config
-from hf_inti.modeling_inti_clip import InTIClipAttention
-from hf_inti.token_state import TokenState
-from hf_inti.videomae import apply_sta
+from hf_inti.hosts.videomae import apply_sta
+from hf_inti.model import compression_stts as stts
+from hf_inti.model import compression_tome as tome
+from hf_inti.model.adaptation_st_adapter import SpatioTemporalAdapter
+from hf_inti.model.adaptation_uniformerv2 import GlobalBlock, LocalMHRA
+from hf_inti.model.adaptation_zeroi2v import shift_frames
+from hf_inti.model.compression_sta import prune
+from hf_inti.model.methods import TokenState
+from hf_inti.model.modeling_inti_clip import InTIClipAttention
+from hf_inti.papers.conversion import convert_state_dict, infer_config
 
 
 FOLDER = Path(os.environ.get("HF_INTI_TEST_DATA") or "not-set") / "vectors"

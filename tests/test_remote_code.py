@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionModel
-from hf_inti.adaptation import ADAPTATIONS
-from hf_inti.compression import COMPRESSIONS
+from hf_inti.model.adaptation import ADAPTATIONS
+from hf_inti.model.compression import COMPRESSIONS
 
 
 STRANGER = """

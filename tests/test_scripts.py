@@ -24,8 +24,8 @@ from transformers import TrainingArguments as HFTrainingArguments
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.recipes import ModelArguments
-from hf_inti.training import build_model
+from hf_inti.training.arguments import ModelArguments
+from hf_inti.training.setup import build_model
 
 
 pytestmark = pytest.mark.slow
@@ -349,7 +349,7 @@ KILLER = """
 import json, os, runpy, signal, sys
 from pathlib import Path
 import accelerate, torch
-from hf_inti import training
+from hf_inti.training import setup as training
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

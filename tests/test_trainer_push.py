@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from conftest import TINY
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
-from hf_inti.trainer import TrainingProgressCallback
+from hf_inti.training.callbacks import TrainingProgressCallback
 
 names = dict(enumerate(["left", "right"]))
 config = InTIClipVisionConfig(

@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
-from hf_inti.costs import PARTS, count_costs
-from hf_inti.recipes import DataArguments, ModelArguments, TrainingArguments, parse_arguments, parse_recipe, run_script
-from hf_inti.training import (
+from hf_inti.measure.costs import PARTS, count_costs
+from hf_inti.model.video_decoding import VideoDecodingError
+from hf_inti.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+    parse_recipe,
+    run_script,
+)
+from hf_inti.training.setup import (
     MetricsLog,
     build_optimizer,
     check_same_run,
@@ -21,7 +29,6 @@ from hf_inti.training import (
     parameter_groups,
     replace_folder,
 )
-from hf_inti.video_decoding import VideoDecodingError
 from hf_inti.visualization import aggregated_frames, cascaded_weights, confusion_matrix, figure4, training_curves
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_inti import video_data
-from hf_inti.video_data import (
+from hf_inti.data import datasets as video_data
+from hf_inti.data.datasets import (
     BadVideos,
     StreamingVideoClips,
     VideoClips,
@@ -24,7 +24,7 @@ from hf_inti.video_data import (
     label_names_of,
     load_video_dataset,
 )
-from hf_inti.video_decoding import VideoDecodingError, VideoReader
+from hf_inti.model.video_decoding import VideoDecodingError, VideoReader
 
 
 @pytest.fixture(autouse=True)

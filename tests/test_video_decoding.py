@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_inti import video_decoding
-from hf_inti.video_decoding import VideoDecodingError, VideoReader, decode_frames, probe_video
+from hf_inti.model import video_decoding
+from hf_inti.model.video_decoding import VideoDecodingError, VideoReader, decode_frames, probe_video
 
 
 av = pytest.importorskip("av")

@@ -18,9 +18,9 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification, pipelin
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_inti import video_decoding, video_processing_inti_clip
-from hf_inti.video_decoding import VideoDecodingError
-from hf_inti.video_processing_inti_clip import InTIClipVideoProcessor, crop, sample_indices
+from hf_inti.model import video_decoding, video_processing_inti_clip
+from hf_inti.model.video_decoding import VideoDecodingError
+from hf_inti.model.video_processing_inti_clip import InTIClipVideoProcessor, crop, sample_indices
 
 
 PLAIN = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
@@ -528,7 +528,7 @@ def test_without_pyav_and_torchvision():
 import sys
 sys.modules["av"] = sys.modules["torchvision"] = None
 import numpy
-from hf_inti.video_processing_inti_clip import InTIClipVideoProcessor
+from hf_inti.model.video_processing_inti_clip import InTIClipVideoProcessor
 pixel_values = InTIClipVideoProcessor()(numpy.zeros((3, 40, 30, 3), numpy.uint8)).pixel_values
 assert pixel_values.shape == (1, 16, 3, 224, 224)
 """

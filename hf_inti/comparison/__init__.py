@@ -1,0 +1,1 @@
+"""Training every method under one recipe, for a fair comparison."""

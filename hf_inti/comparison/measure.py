@@ -1,0 +1,131 @@
+"""Speed, memory, multiply-adds and parameters of a trained model, measured in a process that does nothing else."""
+
+import contextlib
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch.nn.functional import cross_entropy
+
+from ..measure.costs import count_costs
+from ..measure.jobs import write_json
+from ..model.modeling_inti_clip import InTIClipForVideoClassification
+from ..training.arguments import TrainingArguments, run_script
+from ..training.setup import build_optimizer
+
+
+WARM_UP = 3  # repetitions that do not count
+REPETITIONS = (5, 40)  # at least, and at most
+SECONDS = 10.0  # after which no more are begun, beyond the least
+
+
+def conditions(batch_size: int, threads: int) -> dict:
+    """What speeds are only comparable under."""
+    device = PartialState().device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "batch_size": batch_size,
+        "device": f"{device.type}: {name}",
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def resident(name: str) -> int | None:
+    """VmRSS or VmHWM (its peak) of this process in bytes; None where the system does not tell.
+
+    getrusage will not do: its peak is inherited from the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [line for line in lines if line.startswith(name + ":")]
+    return 1024 * int(found[0].split()[1]) if found else None
+
+
+def measure(folder: Path, batch_size: int) -> dict:
+    """Measure a model that train.py saved, on random clips of its shape, in the recipe's precision.
+
+    Returns `conditions`, `gmacs` of one clip, `parameters` and `trained_parameters`, medians of
+    `forward_clips_per_second` (evaluation, no gradients) and `training_clips_per_second` (forward, backward and the
+    optimiser's step), and `peak_memory_bytes` of training: on CUDA all that was allocated, on a CPU what the process
+    took more than it had with the model loaded (None where the system does not tell).
+    """
+    arguments = json.loads((folder / "run.json").read_text())["arguments"]
+    training = TrainingArguments(**arguments["TrainingArguments"])
+    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    device, cuda = accelerator.device, accelerator.device.type == "cuda"
+    model = InTIClipForVideoClassification.from_pretrained(folder)
+    if arguments["ModelArguments"]["activation_checkpointing"]:
+        model.activation_checkpointing_enable()
+    config = model.config
+    counts = {
+        "gmacs": count_costs(config)["total"].gmacs,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    torch.manual_seed(0)
+    clips = torch.randn(batch_size, config.num_frames, config.num_channels, config.image_size, config.image_size)
+    labels = torch.randint(config.num_labels, (batch_size,))
+    optimizer, _ = build_optimizer(model, training, steps_per_epoch=1, total_steps=1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    clips, labels = clips.to(device), labels.to(device)
+
+    def forward() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(pixel_values=clips)
+
+    def train() -> None:
+        model.train()
+        accelerator.backward(cross_entropy(model(pixel_values=clips).logits.float(), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def seconds(step) -> float:
+        if cuda:
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    with contextlib.suppress(OSError):  # the peak so far, of loading, is not what is asked for
+        Path("/proc/self/clear_refs").write_text("5")
+    loaded = resident("VmRSS")
+    for _ in range(WARM_UP):
+        forward()
+        train()
+    times: dict[str, list[float]] = {"forward": [], "training": []}
+    least, most = REPETITIONS
+    end = time.perf_counter() + SECONDS
+    while len(times["forward"]) < least or (len(times["forward"]) < most and time.perf_counter() < end):
+        times["forward"].append(seconds(forward))  # in turns, so that both meet the same disturbances
+        times["training"].append(seconds(train))
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = None if loaded is None else resident("VmHWM") - loaded
+    return {
+        "conditions": conditions(batch_size, torch.get_num_threads()),
+        **counts,
+        **{f"{name}_clips_per_second": batch_size / median(values) for name, values in times.items()},
+        "peak_memory_bytes": peak,
+    }
+
+
+if __name__ == "__main__":  # as comparison.py starts it
+    model, clips_in_batch, output = sys.argv[1:]
+    run_script(lambda: write_json(Path(output), measure(Path(model), int(clips_in_batch))))

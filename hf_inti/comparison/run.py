@@ -1,0 +1,227 @@
+"""Compare methods: train each under one recipe with the same seeds and data, measure each, write one table.
+
+    python scripts/compare.py methods --config scripts/recipes/compare_demo.yaml --train_dir videos/train
+
+Every run is a process of scripts/train.py with the recipe, then the comparison's overrides, then flags of train.py
+given here, then the method's own settings: the later wins. Killed or stopped, the same command goes on where it was.
+In output_dir it leaves comparison.md, comparison.csv, comparison.png, and for every method the runs (seed_0/ ...,
+with log.txt) and the measurements.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from ..measure.jobs import ROOT, Job, read_json, work_off, write_json
+from ..training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from ..training.setup import FREE_SETTINGS, build_model
+from .measure import conditions
+from .report import write_report
+
+
+TRAINING_CLASSES = [ModelArguments, DataArguments, TrainingArguments]
+DECIDED = ("seed", "output_dir", "resume")  # of train.py's settings, by the comparison
+OPEN = {f.name for c in TRAINING_CLASSES for f in fields(c)} - {*DECIDED}
+ROUNDS = 3  # of measurements
+
+
+@dataclass
+class ComparisonArguments:
+    """What is compared."""
+
+    recipe: str = field(default=None, metadata={"help": "The recipe of all runs, as train.py takes it."})
+    output_dir: str = field(default=None, metadata={"help": "Folder for the runs, the table and the picture."})
+    methods: dict | None = field(
+        default=None, metadata={"help": "Each method's name with the settings of train.py that make it (JSON here)."}
+    )
+    overrides: dict | None = field(
+        default=None, metadata={"help": "Settings of train.py for all runs, instead of the recipe's (JSON here)."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each method is trained with each."})
+    jobs: int = field(default=1, metadata={"help": "Runs at a time; they share the processor's cores equally."})
+    measure_batch_size: int | None = field(
+        default=None, metadata={"help": "Clips in a batch when speed and memory are measured; default: the recipe's."}
+    )
+    train_script: str | None = field(
+        default=None, metadata={"help": "Where train.py lies; default: in scripts, beside the package."}
+    )
+
+    def __post_init__(self):
+        if not self.methods or not all(isinstance(settings, dict) for settings in self.methods.values()):
+            raise ValueError(f"methods must map names to settings of train.py, each a mapping; got {self.methods!r}.")
+        for name in self.methods:
+            if Path(name).name != name or name.startswith(".") or "|" in name:
+                raise ValueError(f"the method {name!r} names a folder: it can have no / or |, nor begin with a dot.")
+        for place, settings in (("overrides", self.overrides or {}), *self.methods.items()):
+            if wrong := [name for name in DECIDED if name in settings]:
+                raise ValueError(f"{place}: {wrong[0]} is not for a method to set; give the comparison's own setting.")
+            if empty := [name for name, value in settings.items() if value is None]:
+                raise ValueError(f"{place}: {empty[0]} has no value; give one or leave it out.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different whole numbers, at least one, got {self.seeds}.")
+        for name in ("jobs", "measure_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.train_script = self.train_script or str(ROOT / "scripts" / "train.py")
+        if not Path(self.train_script).is_file():
+            raise ValueError(f"there is no {self.train_script}; give scripts/train.py of the repository.")
+
+
+class Run(NamedTuple):
+    """One training: `command` are the arguments of train.py, `parsed` what it makes of them."""
+
+    method: str
+    seed: int
+    folder: Path
+    command: list[str]
+    parsed: tuple[ModelArguments, DataArguments, TrainingArguments]
+
+    def __str__(self):
+        return f"{self.method}, seed {self.seed}"
+
+    @property
+    def result(self) -> dict | None:
+        """The last evaluation of a finished run."""
+        return read_json(self.folder / "result.json")
+
+
+def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The comparison's own arguments, and train.py's flags with their values."""
+    own, passed = [], []
+    target = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            target = passed if argument[2:].partition("=")[0].replace("-", "_") in OPEN else own
+        target.append(argument)
+    return own, passed
+
+
+def flags_of(settings: dict) -> list[str]:
+    """Settings as flags of train.py."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def plan_runs(args: ComparisonArguments, passed: list[str]) -> list[Run]:
+    """All runs, the first seed of every method first: a first table, and every mistake, come early.
+
+    Raises ValueError, with the method's name and train.py's own message, for settings that do not fit.
+    """
+    runs = []
+    for seed in args.seeds:
+        for name, settings in args.methods.items():
+            folder = Path(args.output_dir) / name / f"seed_{seed}"
+            command = [args.recipe, *flags_of(args.overrides or {}), *passed, *flags_of(settings)]
+            command += [f"--seed={seed}", f"--output_dir={folder}", "--resume"]
+            try:
+                run = Run(name, seed, folder, command, parse_recipe(TRAINING_CLASSES, command))
+                if run.parsed[1].eval_dir is None:
+                    raise ValueError("there is nothing to compare by: give eval_dir.")
+                check_settings(run)
+                if seed == args.seeds[0] and not (folder / "run.json").exists():
+                    build_model(run.parsed[0], ["a", "b"])  # what does not fit shows here, not after hours
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            runs.append(run)
+    return runs
+
+
+def check_settings(run: Run) -> None:
+    """Raise a ValueError where the run was begun, or has ended, under other settings than now."""
+    before = read_json(run.folder / "run.json")
+    if before is None:
+        return
+    before = {name: value for part in before["arguments"].values() for name, value in part.items()}
+    now = json.loads(json.dumps({name: value for part in run.parsed for name, value in asdict(part).items()}))
+    for name, value in now.items():
+        if name not in FREE_SETTINGS and value != before.get(name):
+            raise ValueError(
+                f"seed {run.seed} was trained with {name} = {before.get(name)!r}, and now it is {value!r}; give that, "
+                f"remove {run.folder}, or compare in another --output_dir."
+            )
+
+
+def train_all(runs: list[Run], args: ComparisonArguments) -> None:
+    """Train what is not trained, and leave a result.json in the folder of each run."""
+    by_folder = {run.folder: run for run in runs}
+
+    def done(job: Job) -> str:
+        run = by_folder[job.output.parent]
+        for file in run.folder.parent.glob("measurement_*.json"):
+            file.unlink()  # of an earlier model
+        lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+        result = [line for line in lines if "eval_top1" in line][-1]
+        write_json(job.output, result)
+        return f"{run}: top-1 {result['eval_top1']:.1%}"
+
+    jobs = [
+        Job(str(run), [args.train_script, *run.command], run.folder / "log.txt", run.folder / "result.json")
+        for run in runs
+    ]
+    work_off(jobs, args.jobs, torch.get_num_threads(), "Training", done)
+
+
+def measure_all(runs: list[Run], args: ComparisonArguments) -> dict[str, dict]:
+    """Measure the models of the first seed, one process after the other: measurements by method.
+
+    The methods take turns, so that a machine that is slow for a while is not slow for one of them: of every number
+    the median of the rounds counts.
+    """
+    first = [run for run in runs if run.seed == args.seeds[0]]
+    threads = torch.get_num_threads()
+    jobs = []
+    for i in range(ROUNDS):
+        for run in first:
+            folder = run.folder.parent
+            batch_size = args.measure_batch_size or run.parsed[2].batch_size
+            output = folder / f"measurement_{i}.json"
+            found = read_json(output)
+            if found and found["conditions"] != conditions(batch_size, threads):
+                output.unlink()  # of another machine, say: speeds are compared under the same conditions
+            command = ["hf_inti.comparison.measure", str(run.folder / "last"), str(batch_size), str(output)]
+            jobs.append(Job(f"{run.method}, round {i + 1}", command, folder / "measurement_log.txt", output))
+    work_off(jobs, 1, threads, "Measuring", lambda job: f"{job.name}: measured")
+    measurements = {}
+    for run in first:
+        rounds = [read_json(run.folder.parent / f"measurement_{i}.json") for i in range(ROUNDS)]
+        numbers = {name: [found[name] for found in rounds] for name in rounds[0] if name != "conditions"}
+        medians = {name: None if None in values else median(values) for name, values in numbers.items()}
+        measurements[run.method] = {**medians, "conditions": rounds[0]["conditions"]}
+    return measurements
+
+
+def main(arguments: list[str]) -> int:
+    """`compare.py methods`: train, measure and report, from `[--config] CONFIG.yaml --flags`.
+
+    Returns the exit status. Raises ValueError for settings that do not fit, settings that differ from those of runs
+    that are there already, and for a run that failed.
+    """
+    own, passed = split_flags(list(arguments))
+    if "--config" in own[:-1]:
+        i = own.index("--config")
+        own = [own[i + 1], *own[:i], *own[i + 2 :]]
+    args = parse_recipe([ComparisonArguments], own, description=__doc__)[0]
+    disable_progress_bar()  # of loading weights, beside ours
+    try:
+        runs = plan_runs(args, passed)
+        train_all(runs, args)
+        measurements = measure_all(runs, args)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    results = {method: [run.result for run in runs if run.method == method] for method in args.methods}
+    _, data, training = runs[0].parsed
+    about = f"{args.recipe}, {training.epochs} epochs, trained on {data.train_dir}, evaluated on {data.eval_dir}"
+    print(write_report(results, measurements, args.seeds, about, Path(args.output_dir)))
+    return 0

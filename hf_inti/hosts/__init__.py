@@ -1,0 +1,1 @@
+"""The methods on models that are not ours."""

@@ -1,0 +1,1 @@
+"""Pushing a model with its card, code and endpoint handler."""

@@ -1,0 +1,1 @@
+"""Counting and timing: each kind of measurement, the tables and the jobs, once."""

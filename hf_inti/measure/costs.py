@@ -1,0 +1,63 @@
+"""Multiply-adds and parameters of a configuration, counted on the meta device: nothing is computed or stored."""
+
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..model.configuration_inti_clip import InTIClipVisionConfig
+from ..model.modeling_inti_clip import InTIClipForVideoClassification
+
+
+# Where a module's operations belong, by the module's path in InTIClipForVideoClassification.
+PARTS = {
+    "patch embedding": "vision_model.embeddings",
+    "blocks": "vision_model.encoder.layers",
+    "compression": "vision_model.compression",
+    "adaptation": "vision_model.adaptation",
+    "head": "classifier",
+}
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of one clip (attention's two products counted, norms and activations not) and parameters."""
+
+    macs: int
+    parameters: int
+
+    @property
+    def gmacs(self) -> float:
+        return self.macs / 1e9
+
+    @property
+    def mparams(self) -> float:
+        return self.parameters / 1e6
+
+
+def count_costs(config: InTIClipVisionConfig, num_frames: int | None = None) -> dict[str, Cost]:
+    """Count one clip of `num_frames` (default: the configuration's) at the configuration's image size.
+
+    Returns a Cost for each part of `PARTS` and for "total", which also holds what belongs to no part (norms).
+    Raises ValueError as the model does, for example for a number of frames that cannot be halved.
+    """
+    with torch.device("meta"):
+        # Eager attention, since the counter does not see inside every fused kernel.
+        model = InTIClipForVideoClassification._from_config(config, attn_implementation="eager").eval()
+        model.requires_grad_(False)
+        size = config.image_size
+        frames = config.num_frames if num_frames is None else num_frames
+        pixel_values = torch.empty(1, frames, config.num_channels, size, size)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(pixel_values)
+    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    costs = {}
+    for part, path in PARTS.items():
+        # A container is never called itself: its operations are those of the outermost modules inside that are.
+        inside = sorted(name for name in flops if (name + ".").startswith(f"{root}.{path}."))
+        outermost = [name for name in inside if not any(name.startswith(other + ".") for other in inside)]
+        parameters = sum(p.numel() for name, p in model.named_parameters() if name.startswith(path + "."))
+        costs[part] = Cost(sum(flops[name] for name in outermost) // 2, parameters)
+    costs["total"] = Cost(counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters()))
+    return costs

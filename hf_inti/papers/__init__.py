@@ -1,0 +1,1 @@
+"""The papers' published tables and their authors' released weights."""
