@@ -25,7 +25,7 @@ from importlib import import_module
 
 from transformers.utils.logging import disable_progress_bar
 
-from hf_inti.training.arguments import run_script
+from hf_inti.training.cli import run_script
 
 
 # The module of the package and the function in it.

@@ -25,7 +25,7 @@ from hf_inti import InTIClipVisionConfig
 from hf_inti.hosts.videomae import apply_sta
 from hf_inti.measure.costs import count_costs
 from hf_inti.papers.published import REASONS, TABLES, TOWERS, VIDEOMAE, Table
-from hf_inti.training.arguments import run_script
+from hf_inti.training.cli import run_script
 
 
 HEADS = ["model", "size", "reading", "GFLOPs", "GMACs", "diff", "M", "ours", "diff", "why"]
@@ -61,9 +61,9 @@ def rows_of(table: Table) -> list[list[str]]:
     lines = []
     for row in table.rows:
         first = [row.model, row.tower]
-        if not row.readings:
+        if not row.interpretations:
             lines.append([*first, "", str(row.gflops), "-", "-", str(row.params), "-", "-", "not in this package"])
-        for reading in row.readings:
+        for reading in row.interpretations:
             config = InTIClipVisionConfig(**TOWERS[row.tower], **reading.options, num_labels=table.num_labels)
             total = count_costs(config)["total"]
             cells = beside(row.gflops, total.gmacs) + beside(row.params, total.mparams)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.papers.conversion import METHODS, convert_state_dict, detect_adaptation, infer_config, strip_prefix
-from hf_inti.training.arguments import parse_arguments, run_script
+from hf_inti.training.cli import parse_arguments, run_script
 
 
 CONTAINERS = ("state_dict", "model_state", "model")  # under which the authors' files hold the weights

@@ -27,7 +27,7 @@ from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTI
 from hf_inti.data.layouts import VIDEO_EXTENSIONS
 from hf_inti.measure.costs import Cost, count_costs
 from hf_inti.model.video_decoding import VideoReader
-from hf_inti.training.arguments import parse_arguments, run_script
+from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.visualization import draw_compression
 
 
@@ -104,7 +104,7 @@ def run(classifier: Classifier, video) -> tuple:
     frames = classifier.processor(video, num_clips=1, num_crops=1, do_rescale=False, do_normalize=False)["pixel_values"]
     read = time.perf_counter()
     with torch.inference_mode():
-        pixels = classifier.processor.finish(frames).to(classifier.model.device)
+        pixels = classifier.processor.rescale_and_normalize(frames).to(classifier.model.device)
         out = classifier.model(pixels, output_interpolation_weights=True, output_token_source=True)
     out.logits = out.logits.float().cpu()  # waits for an accelerator
     return frames[0] / 255, out, (read - start, time.perf_counter() - read)

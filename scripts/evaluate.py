@@ -22,11 +22,12 @@ import datasets
 from accelerate import Accelerator
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.data.datasets import VideoClips, align_labels, load_video_dataset
+from hf_inti.data.clips import VideoClips
+from hf_inti.data.datasets import align_labels, load_video_dataset
 from hf_inti.data.layouts import LAYOUTS
 from hf_inti.hub.metadata import fingerprint
-from hf_inti.training.arguments import parse_arguments, run_script
-from hf_inti.training.evaluation import Views, end_processes, evaluate_loader, evaluation_loader
+from hf_inti.training.cli import parse_arguments, run_script
+from hf_inti.training.evaluation import EvalTransform, end_processes, evaluate_loader, evaluation_loader
 from hf_inti.training.metrics import video_scores
 from hf_inti.training.setup import describe_run
 from hf_inti.visualization import confusion_matrix
@@ -59,7 +60,7 @@ def main() -> None:
     with accelerator.main_process_first():
         dataset = load_video_dataset(args.data_dir, layout=args.layout, split=args.split, video_root=args.video_root)
         dataset = align_labels(dataset, names)
-    clips = VideoClips(dataset, Views(processor, args.num_clips, args.num_crops), on_bad_video="keep")
+    clips = VideoClips(dataset, EvalTransform(processor, args.num_clips, args.num_crops), on_bad_video="keep")
     loader = evaluation_loader(clips, accelerator, args.batch_size, args.num_workers)
     metrics, result, bad = evaluate_loader(accelerator.prepare_model(model, evaluation_mode=True), loader, accelerator)
     if accelerator.is_main_process:

@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.data.datasets import VideoClips, align_labels, load_video_dataset
+from hf_inti.data.clips import VideoClips
+from hf_inti.data.datasets import align_labels, load_video_dataset
 from hf_inti.data.layouts import LAYOUTS
 from hf_inti.export import (
     ExportedModel,
@@ -34,8 +35,8 @@ from hf_inti.export import (
     needs,
     quantize_onnx,
 )
-from hf_inti.training.arguments import parse_arguments, run_script
-from hf_inti.training.evaluation import Views, evaluate_loader, evaluation_loader
+from hf_inti.training.cli import parse_arguments, run_script
+from hf_inti.training.evaluation import EvalTransform, evaluate_loader, evaluation_loader
 
 
 EXPORTERS = {"onnx": export_onnx, "pt2": export_program}
@@ -101,7 +102,7 @@ def main() -> None:
         paths.append(path)
     if dataset is not None:
         accelerator = Accelerator(cpu=True)
-        clips = VideoClips(dataset, Views(processor), on_bad_video="keep")
+        clips = VideoClips(dataset, EvalTransform(processor), on_bad_video="keep")
         loader = evaluation_loader(clips, accelerator, args.batch_size, args.num_workers)
         for name, one in [("the model", model), *((path.name, ExportedModel(path)) for path in paths)]:
             metrics, _, bad = evaluate_loader(one, loader, accelerator)

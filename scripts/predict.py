@@ -24,10 +24,10 @@ from datasets import Features, Value, Video
 from tqdm import tqdm
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.data.datasets import VideoClips
+from hf_inti.data.clips import VideoClips
 from hf_inti.data.layouts import VIDEO_EXTENSIONS
-from hf_inti.training.arguments import parse_arguments, run_script
-from hf_inti.training.evaluation import Views, end_processes, predict_batches, prediction_loader
+from hf_inti.training.cli import parse_arguments, run_script
+from hf_inti.training.evaluation import EvalTransform, end_processes, predict_batches, prediction_loader
 
 
 @dataclass
@@ -80,7 +80,7 @@ def main() -> int:
     processor = InTIClipVideoProcessor.from_pretrained(args.model)
     features = Features({"video": Video(decode=False), "label": Value("int64")})
     dataset = datasets.Dataset.from_dict({"video": paths, "label": [-1] * len(paths)}, features=features)
-    clips = VideoClips(dataset, Views(processor, args.num_clips, args.num_crops), on_bad_video="keep")
+    clips = VideoClips(dataset, EvalTransform(processor, args.num_clips, args.num_crops), on_bad_video="keep")
     loader = prediction_loader(clips, accelerator, batch_size, min(num_workers, len(paths) - 1))
     # While the first videos are decoded.
     model = InTIClipForVideoClassification.from_pretrained(args.model).optimize_for_inference()

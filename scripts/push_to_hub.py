@@ -19,7 +19,7 @@ from huggingface_hub.utils import enable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
 from hf_inti.hub.push import push_model
-from hf_inti.training.arguments import parse_arguments, run_script
+from hf_inti.training.cli import parse_arguments, run_script
 
 
 @dataclass

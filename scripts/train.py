@@ -33,16 +33,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_inti import InTIClipVideoProcessor
 from hf_inti.data.augmentation import BatchMixing
-from hf_inti.data.datasets import (
-    BadVideos,
-    align_labels,
-    collate,
-    label_names_of,
-    load_video_dataset,
-    stable_hash,
-)
+from hf_inti.data.clips import BadVideos, collate, stable_hash
+from hf_inti.data.datasets import align_labels, label_names_of, load_video_dataset
 from hf_inti.hub.push import check_repo_id, check_token, push_model
-from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe, run_script
+from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from hf_inti.training.cli import parse_recipe, run_script
 from hf_inti.training.evaluation import end_processes, evaluate_loader, evaluation_loader
 from hf_inti.training.setup import (
     MetricsLog,
@@ -251,7 +246,7 @@ def main() -> None:
             place = (training.seed, progress["epoch"], progress["batches"], accelerator.process_index)
             place_seed = stable_hash(repr(place))
             torch.manual_seed(place_seed)
-            pixel_values = processor.finish(batch["pixel_values"].to(accelerator.device))
+            pixel_values = processor.rescale_and_normalize(batch["pixel_values"].to(accelerator.device))
             labels = batch["labels"].to(accelerator.device)
             pixel_values, targets = mixing(pixel_values, labels, torch.Generator().manual_seed(place_seed))
             accelerator.unwrap_model(model).set_training_progress(progress["step"] / total_steps)

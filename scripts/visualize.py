@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-from hf_inti.training.arguments import parse_arguments, run_script
+from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.visualization import draw_compression
 
 
@@ -31,7 +31,9 @@ def main() -> None:
     processor = InTIClipVideoProcessor.from_pretrained(args.model)
     frames = processor(args.video, num_frames=args.num_frames, do_rescale=False, do_normalize=False)["pixel_values"]
     with torch.inference_mode():
-        out = model(processor.finish(frames), output_interpolation_weights=True, output_token_source=True)
+        out = model(
+            processor.rescale_and_normalize(frames), output_interpolation_weights=True, output_token_source=True
+        )
     score, label = out.logits.softmax(-1)[0].max(-1)
     title = f"{Path(args.video).name}: {model.config.id2label[label.item()]} ({score:.0%})"
     if not draw_compression(out, frames[0] / 255, model.config.patch_size, Path(args.output), title):

@@ -117,7 +117,7 @@ def test_a_requirement_of_nothing_loses_no_measurement(tmp_path):
 
 
 def test_what_inti_computes_is_seen_by_the_check(monkeypatch):
-    how = benchmark_models.Measured(optimize=True)
+    how = benchmark_models.RunOptions(optimize=True)
     run = benchmark_models.runnable(MODELS["inti"], how)
     benchmark_models.check_outputs("inti", MODELS["inti"], how, run)
     hidden = InTI._hidden_by_parts
@@ -128,7 +128,7 @@ def test_what_inti_computes_is_seen_by_the_check(monkeypatch):
 
 @pytest.mark.parametrize("how", [{}, {"optimize": True}, {"precision": "bf16"}])
 def test_outputs_are_checked_before_timing(how):
-    how = benchmark_models.Measured(**how, batch_size=2)
+    how = benchmark_models.RunOptions(**how, batch_size=2)
     for name, spec in MODELS.items():
         run = benchmark_models.runnable(spec, how)
         assert run().shape == (2, 5)
@@ -140,7 +140,7 @@ def test_outputs_are_checked_before_timing(how):
 
 
 def test_training_steps_train():
-    how = benchmark_models.Measured(mode="training", batch_size=2)
+    how = benchmark_models.RunOptions(mode="training", batch_size=2)
     torch.manual_seed(0)
     run = benchmark_models.runnable(MODELS["inti"], how)
     model = run.__closure__[[*run.__code__.co_freevars].index("model")].cell_contents

@@ -19,11 +19,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
-from hf_inti.hub.card import draw_figure, facts_of_run, load_facts, render_card, write_eval_results
+from hf_inti.hub.card import draw_figure, load_metadata, metadata_of_run, render_card, write_eval_results
 from hf_inti.hub.metadata import CARDS, fingerprint
 from hf_inti.measure.costs import count_costs
 from hf_inti.papers.published import TOWERS
-from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from hf_inti.training.cli import parse_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def write_run(name: str, folder: Path, **changes) -> None:
 def listed(request, tmp_path_factory) -> tuple[str, ModelCard]:
     """Name and card of each listed checkpoint."""
     folder = save_parts(request.param, tmp_path_factory.mktemp("model"))
-    return request.param, render_card(load_facts(request.param), folder, f"me/{request.param}")
+    return request.param, render_card(load_metadata(request.param), folder, f"me/{request.param}")
 
 
 def test_the_listed_checkpoints_have_facts():
@@ -141,7 +142,7 @@ def test_template_names_nothing_that_it_is_not_given(tmp_path, monkeypatch):
         return template_str
 
     monkeypatch.setattr(ModelCard, "from_template", from_template)
-    template = render_card(load_facts(VITB), save_parts(VITB, tmp_path), f"me/{VITB}")
+    template = render_card(load_metadata(VITB), save_parts(VITB, tmp_path), f"me/{VITB}")
     named = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template))
     assert {"config", "results", "speed"} < named <= set(given)
 
@@ -180,7 +181,7 @@ def test_citation_is_the_papers(listed):
     ],
 )
 def test_facts_that_are_not_of_the_model(place, key, value, message, tmp_path):
-    facts = load_facts(VITB)
+    facts = load_metadata(VITB)
     (facts[place] if place else facts)[key] = value
     with pytest.raises(ValueError, match=message):
         render_card(facts, save_parts(VITB, tmp_path), f"me/{VITB}")
@@ -189,15 +190,15 @@ def test_facts_that_are_not_of_the_model(place, key, value, message, tmp_path):
 @pytest.mark.parametrize("place", [None, "dataset", "method", "published", "protocol"])
 def test_every_key_must_be_there(place, tmp_path):
     folder = save_parts(VITB, tmp_path)
-    for key in load_facts(VITB)[place] if place else load_facts(VITB):
-        facts = load_facts(VITB)
+    for key in load_metadata(VITB)[place] if place else load_metadata(VITB):
+        facts = load_metadata(VITB)
         del (facts[place] if place else facts)[key]
         with pytest.raises(ValueError, match=f"lacks '{key}'"):
             render_card(facts, folder, f"me/{VITB}")
 
 
 def test_model_and_processor_that_are_not_of_the_recipe(tmp_path):
-    facts = load_facts(VITB)
+    facts = load_metadata(VITB)
     with pytest.raises(ValueError, match="has classifier_dropout = 0.5, k400_inti_b16.yaml 0.0"):
         render_card(facts, save_parts(VITB, tmp_path, classifier_dropout=0.5), f"me/{VITB}")
     with pytest.raises(ValueError, match="has hidden_size = 384, B/16 768"):
@@ -212,7 +213,7 @@ def test_model_and_processor_that_are_not_of_the_recipe(tmp_path):
 
 
 def test_run_that_is_not_of_the_recipe(tmp_path):
-    facts = load_facts(VITB)
+    facts = load_metadata(VITB)
     save_parts(VITB, tmp_path)
     write_run(VITB, tmp_path, seed=3, batch_size=16, train_dir="/data/ann/k400", output_dir="/home/ann/out")
     card = render_card(facts, tmp_path, f"me/{VITB}")
@@ -227,23 +228,23 @@ def test_run_that_is_not_of_the_recipe(tmp_path):
 
 def test_wrong_use(tmp_path):
     with pytest.raises(ValueError, match="there is no .*/nothing.yaml; facts are there of inti-clip-vitb-k400, "):
-        load_facts("nothing")
+        load_metadata("nothing")
     with pytest.raises(ValueError, match="bad.yaml must hold names with values, got list"):
         (tmp_path / "bad.yaml").write_text("- a")
-        load_facts(tmp_path / "bad.yaml")
+        load_metadata(tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match="bad.yaml is no valid YAML"):
         (tmp_path / "bad.yaml").write_text("a: [")
-        load_facts(tmp_path / "bad.yaml")
+        load_metadata(tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match="holds no InTI-CLIP"):
-        render_card(load_facts(VITB), tmp_path, f"me/{VITB}")
+        render_card(load_metadata(VITB), tmp_path, f"me/{VITB}")
     CLIPVisionConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no InTI-CLIP"):
-        render_card(load_facts(VITB), tmp_path, f"me/{VITB}")
+        render_card(load_metadata(VITB), tmp_path, f"me/{VITB}")
     save_parts(VITB, tmp_path)
-    card = render_card(facts_of_run(tmp_path), tmp_path, "me/mine")  # without a run.json
+    card = render_card(metadata_of_run(tmp_path), tmp_path, "me/mine")  # without a run.json
     assert "on data that this card does not name." in card.text and card.data.license == "unknown"
     with pytest.raises(ValueError, match="Repo id"):
-        render_card(load_facts(VITB), tmp_path, "a/b/c")
+        render_card(load_metadata(VITB), tmp_path, "a/b/c")
 
 
 # A model of one's own, trained and evaluated by the scripts ----------------------------------------
@@ -294,7 +295,7 @@ def results(trained, tmp_path):
 
 @pytest.mark.slow
 def test_facts_of_a_run_hold_no_path(trained):
-    facts = facts_of_run(trained)
+    facts = metadata_of_run(trained)
     assert facts["dataset"]["name"] == "clips" and facts["dataset"]["num_labels"] == 3
     assert facts["base_model"] is None and facts["method"]["compression_layers"] == [1, 3]
     card = render_card(facts, trained, "me/left-or-right")
@@ -314,7 +315,7 @@ def test_facts_of_a_run_from_the_hub(trained, tmp_path):
     run["arguments"]["DataArguments"] |= {"layout": "hub", "train_dir": "me/clips"}
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "config.json").write_text((trained / "config.json").read_text())
-    facts = facts_of_run(tmp_path)
+    facts = metadata_of_run(tmp_path)
     card = render_card(facts, tmp_path, "me/left-or-right")
     assert card.data.base_model == "openai/clip-vit-base-patch16" and card.data.base_model_relation == "finetune"
     assert card.data.datasets == ["me/clips"] and "Copyright (c) 2021 OpenAI" in card.text
@@ -323,7 +324,7 @@ def test_facts_of_a_run_from_the_hub(trained, tmp_path):
 @pytest.mark.slow
 def test_results_of_the_model_are_told_in_all_forms(trained, results, tmp_path):
     path, values = results(), results.original
-    card = render_card(facts_of_run(trained), trained, "me/mine", results=path)
+    card = render_card(metadata_of_run(trained), trained, "me/mine", results=path)
     share = {name: f"{100 * values[name]:.2f}%" for name in ("top1", "top5", "mean_class_accuracy")}
     row = f"| clips (test) | 6 | 0 | 4x3x1 | {share['top1']} | {share['top5']} | {share['mean_class_accuracy']} |"
     assert row in card.text and len(claims(str(card))) == 8  # with the table's head and model-index
@@ -341,7 +342,7 @@ def test_results_of_the_model_are_told_in_all_forms(trained, results, tmp_path):
 
     model = InTIClipForVideoClassification.from_pretrained(trained)
     model.save_pretrained(tmp_path / "copy")
-    facts = facts_of_run(trained)
+    facts = metadata_of_run(trained)
     assert write_eval_results(tmp_path / "copy", facts, path) is None
     assert not (tmp_path / "copy" / ".eval_results").exists()
     facts["dataset"]["id"] = "me/Clips"
@@ -354,7 +355,7 @@ def test_results_of_the_model_are_told_in_all_forms(trained, results, tmp_path):
 
 @pytest.mark.slow
 def test_results_of_something_else(trained, results, tmp_path):
-    facts = facts_of_run(trained)
+    facts = metadata_of_run(trained)
 
     def refused(path, message, facts=facts, folder=trained):
         for use in (
@@ -399,18 +400,18 @@ def test_speed_comes_from_a_benchmark_of_this_model(trained, tmp_path):
     }
     path = tmp_path / "benchmark.json"
     path.write_text(json.dumps(measured))
-    card = render_card(facts_of_run(trained), trained, "me/mine", benchmark=path)
+    card = render_card(metadata_of_run(trained), trained, "me/mine", benchmark=path)
     assert "12.3 clips per second (median, batches of 4, cpu: Tortoise 3000, 2 CPU threads, torch 2.13.0" in card.text
     assert "not measured" not in card.text
     path.write_text(json.dumps({**measured, "parameters": measured["parameters"] - 1}))
     with pytest.raises(ValueError, match="benchmark.json has parameters = "):
-        render_card(facts_of_run(trained), trained, "me/mine", benchmark=path)
+        render_card(metadata_of_run(trained), trained, "me/mine", benchmark=path)
 
 
 @pytest.mark.slow
 def test_the_six_lines_run(trained, monkeypatch, capsys):
     write_video(trained / "example.mp4")
-    card = render_card(facts_of_run(trained), trained, "me/mine")
+    card = render_card(metadata_of_run(trained), trained, "me/mine")
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) == 6
     asked = []
@@ -458,9 +459,9 @@ def test_figure(compression, tiny_config, tmp_path):
     if drawn:
         with Image.open(tmp_path / "figure.png") as picture:
             assert picture.width > 1000 and len(set(picture.convert("L").resize((50, 20)).tobytes())) > 30
-    facts = dict.fromkeys(load_facts(VITB)) | {
+    facts = dict.fromkeys(load_metadata(VITB)) | {
         "license": "unknown",
         "dataset": {"name": "clips", "id": None, "split": "test", "num_labels": 5, "terms": None, "limits": []},
-        "method": {name: getattr(config, name) for name in load_facts(VITB)["method"]},
+        "method": {name: getattr(config, name) for name in load_metadata(VITB)["method"]},
     }
     assert ("(figure.png)" in render_card(facts, tmp_path, "me/mine").text) == drawn

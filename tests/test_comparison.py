@@ -26,11 +26,11 @@ from hf_inti.comparison.report import HEADS, write_report
 from hf_inti.comparison.run import main
 from hf_inti.measure import jobs as comparison_processes
 from hf_inti.measure.costs import count_costs
-from hf_inti.measure.jobs import Job, read_json, work_off
+from hf_inti.measure.jobs import Job, read_json, run_jobs
 
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = "import sys; from hf_inti.training.arguments import run_script; from hf_inti.comparison.run import main; "
+SCRIPT = "import sys; from hf_inti.training.cli import run_script; from hf_inti.comparison.run import main; "
 SCRIPT += "run_script(lambda: main(sys.argv[1:]))"
 DONE = ("result.json", "measurement_*.json")
 RUNS = [(method, seed) for seed in (0, 1) for method in ("Naive", "InTI")]
@@ -255,7 +255,7 @@ def test_jobs_end_with_the_first_that_fails(tmp_path):
     told = []
     begun = time.monotonic()
     with pytest.raises(ValueError, match="^bad failed: it is bad"):
-        work_off(jobs, 2, 6, "Jobs", lambda job: told.append(job.name) or job.name)
+        run_jobs(jobs, 2, 6, "Jobs", lambda job: told.append(job.name) or job.name)
     assert time.monotonic() - begun < 30 and told == ["good"]
     assert (tmp_path / "good.log").read_text() == "3\n"
     assert not any((tmp_path / name).exists() for name in ("done.log", "long.out", "never.log"))

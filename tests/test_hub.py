@@ -24,7 +24,7 @@ import hf_inti.hub.folder
 import hf_inti.hub.push
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
-from hf_inti.hub.card import facts_of_run
+from hf_inti.hub.card import metadata_of_run
 from hf_inti.hub.folder import PICKLES, files_of, prepare_folder, public_run, validate_folder
 from hf_inti.hub.metadata import fingerprint
 from hf_inti.hub.push import push_folder, push_model
@@ -482,7 +482,7 @@ def test_example(model_dir, no_figure, tmp_path):
 def test_results_and_facts_are_pushed(model_dir, no_figure, tmp_path):
     model = InTIClipForVideoClassification.from_pretrained(model_dir)
     shutil.copyfile(model_dir.parent / "run.json", model_dir / "run.json")
-    facts = facts_of_run(model_dir)
+    facts = metadata_of_run(model_dir)
     (model_dir / "run.json").unlink()
     facts["dataset"]["id"], facts["license"] = "me/clips", "mit"
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump(facts))

@@ -9,7 +9,8 @@ from transformers import CLIPVisionConfig
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
 from hf_inti.papers.published import TABLES
-from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from hf_inti.training.cli import parse_recipe
 
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "recipes"
@@ -60,7 +61,7 @@ def test_every_row_of_the_paper_that_is_here_has_its_recipe():
     for table in TABLES:
         for row in table.rows if table.title.startswith(("Table 2", "Table 3", "Table 7")) else ():
             methods = [method for method, (_, _, model) in METHODS.items() if model == row.model]
-            assert len(methods) == (bool(row.readings) and row.model != "ViFi-CLIP"), row.model
+            assert len(methods) == (bool(row.interpretations) and row.model != "ViFi-CLIP"), row.model
             wanted |= {f"{d}_{m}_{row.tower.lower().replace('/', '')}" for d in table.datasets for m in methods}
     assert len(wanted) == 40
     assert wanted <= set(NAMES)
@@ -128,7 +129,7 @@ def test_header_says_what_it_is(name):
 def test_recipe_trains_the_network_whose_costs_are_printed(name):
     config = configure(name)
     ((table, row),) = rows_of(name)
-    options = {**row.readings[0].options, "num_labels": DATASETS[split(name)[0]]}
+    options = {**row.interpretations[0].options, "num_labels": DATASETS[split(name)[0]]}
     reading = InTIClipVisionConfig.from_clip(CLIPS[split(name)[2]][1], **options)
     if config.adaptation == "zeroi2v":
         config.adaptation_options["merged"] = True

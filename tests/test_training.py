@@ -11,14 +11,8 @@ import torch
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
 from hf_inti.measure.costs import PARTS, count_costs
 from hf_inti.model.video_decoding import VideoDecodingError
-from hf_inti.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse_arguments,
-    parse_recipe,
-    run_script,
-)
+from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from hf_inti.training.cli import parse_arguments, parse_recipe, run_script
 from hf_inti.training.setup import (
     MetricsLog,
     build_optimizer,

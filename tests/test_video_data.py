@@ -14,16 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_inti.data import datasets as video_data
-from hf_inti.data.datasets import (
-    BadVideos,
-    StreamingVideoClips,
-    VideoClips,
-    align_labels,
-    cache_frames,
-    collate,
-    label_names_of,
-    load_video_dataset,
-)
+from hf_inti.data.clips import BadVideos, StreamingVideoClips, VideoClips, cache_frames, collate
+from hf_inti.data.datasets import align_labels, label_names_of, load_video_dataset
 from hf_inti.model.video_decoding import VideoDecodingError, VideoReader
 
 

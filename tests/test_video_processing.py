@@ -141,7 +141,7 @@ def test_normalisation_agrees_with_clip():
     processor = InTIClipVideoProcessor(do_sample_frames=False)
     torch.testing.assert_close(processor(frames).pixel_values[0], wanted, atol=1e-5, rtol=0)
     floats = torch.from_numpy(frames).permute(0, 3, 1, 2).double()
-    torch.testing.assert_close(processor.finish(floats), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(processor.rescale_and_normalize(floats), wanted, atol=1e-5, rtol=0)
     half = processor(frames, image_mean=0.45, image_std=[0.225]).pixel_values
     torch.testing.assert_close(half[0], ((floats / 255 - 0.45) / 0.225).float(), atol=1e-5, rtol=0)
 
@@ -413,7 +413,7 @@ def test_load_frames_and_finish_make_up_a_call():
     assert loaded.shape == (4, 3, 224, 298) and loaded.dtype == torch.uint8
     assert processor.load_frames(frames, 2).shape[0] == 2
     single = processor(frames, num_clips=1, num_crops=1).pixel_values[0]
-    assert torch.equal(processor.finish(crop(loaded, 224, 224)), single)
+    assert torch.equal(processor.rescale_and_normalize(crop(loaded, 224, 224)), single)
     assert processor.load_frames(frames, do_sample_frames=False).shape == (9, 3, 224, 298)
     again = processor.load_frames(loaded, num_frames=4)  # already of the right size: untouched
     assert torch.equal(again, loaded) and again.data_ptr() != loaded.data_ptr()
@@ -422,10 +422,10 @@ def test_load_frames_and_finish_make_up_a_call():
     draws = [processor.load_frames(numbered_frames(40), generator=generator) for generator in generators]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     kept = loaded.float()
-    processor.finish(kept)
+    processor.rescale_and_normalize(kept)
     assert torch.equal(kept, loaded.float())  # not changed in place
     with pytest.raises(ValueError, match=r"\(\.\.\., 3, H, W\), got \(4, 298, 3\)"):
-        processor.finish(torch.zeros(4, 298, 3))
+        processor.rescale_and_normalize(torch.zeros(4, 298, 3))
 
 
 BAD_OPTIONS = [

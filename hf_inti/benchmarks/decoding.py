@@ -34,12 +34,12 @@ from transformers.video_utils import load_video
 
 from ..comparison.measure import resident
 from ..data.layouts import VIDEO_EXTENSIONS
-from ..measure.jobs import ROOT, Job, read_json, work_off, write_json
+from ..measure.jobs import ROOT, Job, read_json, run_jobs, write_json
 from ..measure.timing import TimingArguments, interleave, report, summary
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor, crop, sample_indices
 from ..training import evaluation
-from ..training.arguments import parse_recipe, run_script
+from ..training.cli import parse_recipe, run_script
 from .models import build
 
 
@@ -120,7 +120,7 @@ def decoding_contestants(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
         short = ours.size.shortest_edge
         size = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
         frames = F.interpolate(frames.permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True)
-        return ours.finish(crop(frames, ours.crop_size.height, ours.crop_size.width))
+        return ours.rescale_and_normalize(crop(frames, ours.crop_size.height, ours.crop_size.width))
 
     def in_order(thread_type: str | None, finish: Callable) -> torch.Tensor:
         with av.open(path) as container:
@@ -241,7 +241,7 @@ def memory_of_lengths(folder: Path, lengths: list[int], threads: int) -> dict[st
         output.unlink(missing_ok=True)
         arguments = ["hf_inti.benchmarks.decoding", "memory", str(output), str(path), str(warm_up)]
         jobs.append(Job(f"{seconds}s", arguments, folder / "memory_log.txt", output))
-    work_off(jobs, 1, threads, "Memory", lambda job: f"{job.name}: measured")
+    run_jobs(jobs, 1, threads, "Memory", lambda job: f"{job.name}: measured")
     return {job.name: read_json(job.output) for job in jobs}
 
 
@@ -273,7 +273,7 @@ def predict_halves(output: Path, halves: list[str], arguments: list[str]) -> Non
             small = [{**item, "pixel_values": torch.empty(0)} for item in items]
             return {**collate(small), "pixel_values": pixel_values}
 
-        evaluation.Views.__call__ = lambda self, video, generator=None: {"pixel_values": blank(self)}
+        evaluation.EvalTransform.__call__ = lambda self, video, generator=None: {"pixel_values": blank(self)}
         evaluation.collate = collate_at_once
         arguments = [*arguments, "--num_workers", "0"]
     sys.argv = [str(ROOT / "scripts" / "predict.py"), *arguments]
@@ -299,7 +299,7 @@ def measure_prediction(model: str, videos: Path, repetitions: int, threads: int,
             output.unlink(missing_ok=True)
             arguments = ["hf_inti.benchmarks.decoding", "predict", str(output), ",".join(halves), model, str(videos)]
             jobs.append(Job(f"{name} {n + 1}", arguments, folder / "predict_log.txt", output))
-    work_off(jobs, 1, threads, "Predicting", lambda job: f"{job.name}: {read_json(job.output)['seconds']:.1f} s")
+    run_jobs(jobs, 1, threads, "Predicting", lambda job: f"{job.name}: {read_json(job.output)['seconds']:.1f} s")
     rows = {}
     for name in HALVES:
         rows[name] = summary([read_json(folder / f"{name}_{n}.json")["seconds"] for n in range(repetitions)])

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from ..export import ExportedModel, check_exported, export_onnx, export_program, file_size, needs, quantize_onnx
 from ..measure.timing import TimingArguments, interleave, report, summary
-from ..training.arguments import parse_recipe
+from ..training.cli import parse_recipe
 from .models import build, clips, configuration, count_macs
 
 

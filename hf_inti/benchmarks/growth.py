@@ -7,8 +7,8 @@ import torch
 
 from ..measure.timing import TimingArguments, report
 from ..model.methods import check_frames
-from ..training.arguments import parse_recipe
-from .models import Measured, configuration, describe, measure_models, memory_of_all
+from ..training.cli import parse_recipe
+from .models import RunOptions, configuration, describe, measure_models, memory_of_all
 
 
 AXES = {"frames": "frames of a clip", "resolution": "pixels of a side", "batch": "clips in a batch"}
@@ -87,7 +87,7 @@ def picture(rows: dict[str, dict], args: GrowthArguments, path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """`benchmark.py growth`. Raises ValueError for settings that do not fit."""
-    args, how = parse_recipe([GrowthArguments, Measured], arguments, description=__doc__)
+    args, how = parse_recipe([GrowthArguments, RunOptions], arguments, description=__doc__)
     if how.batch_size != 1:
         raise ValueError(f"the clips in a batch are what grows: give --batch {how.batch_size} and not --batch_size.")
     args.pin_threads()

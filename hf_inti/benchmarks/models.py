@@ -34,12 +34,12 @@ from transformers import (
 )
 
 from ..comparison.measure import resident
-from ..measure.jobs import Job, read_json, work_off, write_json
+from ..measure.jobs import Job, read_json, run_jobs, write_json
 from ..measure.timing import TimingArguments, interleave, report, summary
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..papers.published import TOWERS
-from ..training.arguments import parse_recipe, run_script
+from ..training.cli import parse_recipe, run_script
 
 
 CLASSES = 400
@@ -106,7 +106,7 @@ PEERS = {
 
 
 @dataclass
-class Measured:
+class RunOptions:
     """How models are run: the settings of a benchmark that the process of each model needs."""
 
     mode: str = field(default="forward", metadata={"help": "forward, or training: forward, backward, optimiser."})
@@ -220,7 +220,7 @@ def count_macs(spec: dict) -> int:
     return counter.get_total_flops() // 2
 
 
-def runnable(spec: dict, how: Measured) -> Callable[[], torch.Tensor]:
+def runnable(spec: dict, how: RunOptions) -> Callable[[], torch.Tensor]:
     """The model and its input, prepared: what is timed. Returns logits, or in training the loss."""
     device = PartialState().device
     model = build(spec).to(device)
@@ -259,7 +259,7 @@ def runnable(spec: dict, how: Measured) -> Callable[[], torch.Tensor]:
     return train
 
 
-def check_outputs(name: str, spec: dict, how: Measured, run: Callable[[], torch.Tensor]) -> float:
+def check_outputs(name: str, spec: dict, how: RunOptions, run: Callable[[], torch.Tensor]) -> float:
     """The largest difference of the logits, in training of the first loss, from the plain model's in full float32.
 
     Raises ValueError where it is too large, or where logits are not (B, classes) and finite.
@@ -281,7 +281,7 @@ def check_outputs(name: str, spec: dict, how: Measured, run: Callable[[], torch.
     return difference
 
 
-def linears(spec: dict, how: Measured) -> dict[str, tuple[int, Callable[[], object]]]:
+def linears(spec: dict, how: RunOptions) -> dict[str, tuple[int, Callable[[], object]]]:
     """The four matrix products of a block: multiply-adds, and what computes them on the tokens of one batch."""
     config, device, dtype = configuration(spec), PartialState().device, DTYPES[how.precision]
     D, wide = config.hidden_size, config.intermediate_size
@@ -295,7 +295,7 @@ def linears(spec: dict, how: Measured) -> dict[str, tuple[int, Callable[[], obje
     return products
 
 
-def measure_memory(spec: dict, how: Measured) -> dict:
+def measure_memory(spec: dict, how: RunOptions) -> dict:
     """In a process of its own: what the model takes at most, and in training how much of it activations are.
 
     `peak_memory_bytes` is all, weights included (on a CPU: beyond what Python and torch take without a model);
@@ -327,7 +327,7 @@ def measure_memory(spec: dict, how: Measured) -> dict:
     return {"peak_memory_bytes": peak - before, **activations}
 
 
-def memory_of_all(models: dict[str, dict], how: Measured, folder: Path, threads: int) -> dict[str, dict]:
+def memory_of_all(models: dict[str, dict], how: RunOptions, folder: Path, threads: int) -> dict[str, dict]:
     """`measure_memory` of each, one process after the other."""
     jobs = []
     for name, spec in models.items():
@@ -336,7 +336,7 @@ def memory_of_all(models: dict[str, dict], how: Measured, folder: Path, threads:
         settings = json.dumps({"spec": spec, "how": asdict(how)})
         arguments = ["hf_inti.benchmarks.models", settings, str(output)]
         jobs.append(Job(name, arguments, folder / "memory_log.txt", output))
-    work_off(jobs, 1, threads, "Memory", lambda job: f"{job.name}: measured")
+    run_jobs(jobs, 1, threads, "Memory", lambda job: f"{job.name}: measured")
     found = {}
     for job in jobs:
         found[job.name] = read_json(job.output)
@@ -344,7 +344,9 @@ def memory_of_all(models: dict[str, dict], how: Measured, folder: Path, threads:
     return found
 
 
-def measure_models(models: dict[str, dict], how: Measured, args: TimingArguments, matrix_rate: bool) -> dict[str, dict]:
+def measure_models(
+    models: dict[str, dict], how: RunOptions, args: TimingArguments, matrix_rate: bool
+) -> dict[str, dict]:
     """Rows of all models, and with `matrix_rate` the rate of the first own model's matrix products beside them."""
     torch.set_float32_matmul_precision(how.matmul_precision)
     rows, runs = {}, {}
@@ -367,7 +369,7 @@ def measure_models(models: dict[str, dict], how: Measured, args: TimingArguments
     return rows
 
 
-def describe(how: Measured, rows: dict[str, dict]) -> str:
+def describe(how: RunOptions, rows: dict[str, dict]) -> str:
     """A sentence on how models were run."""
     what = {
         "forward": "Forward pass",
@@ -387,7 +389,7 @@ def describe(how: Measured, rows: dict[str, dict]) -> str:
 
 def main(arguments: list[str]) -> int:
     """`benchmark.py models`. Raises ValueError for settings that do not fit and outputs that do not agree."""
-    args, how = parse_recipe([ModelsArguments, Measured], arguments, description=__doc__)
+    args, how = parse_recipe([ModelsArguments, RunOptions], arguments, description=__doc__)
     args.pin_threads()
     args.check_names(args.models)
     rows = measure_models(args.models, how, args, args.matrix_rate)
@@ -401,7 +403,7 @@ def main(arguments: list[str]) -> int:
 
 def _measure_memory(settings: str, output: str) -> None:
     settings = json.loads(settings)
-    how = Measured(**settings["how"])
+    how = RunOptions(**settings["how"])
     torch.set_float32_matmul_precision(how.matmul_precision)
     write_json(Path(output), measure_memory(settings["spec"], how))
 

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from ..measure.costs import count_costs
 from ..measure.jobs import write_json
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
-from ..training.arguments import TrainingArguments, run_script
+from ..training.arguments import TrainingArguments
+from ..training.cli import run_script
 from ..training.setup import build_optimizer
 
 

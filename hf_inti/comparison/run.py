@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from ..measure.jobs import ROOT, Job, read_json, work_off, write_json
-from ..training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from ..measure.jobs import ROOT, Job, read_json, run_jobs, write_json
+from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
+from ..training.cli import parse_recipe
 from ..training.setup import FREE_SETTINGS, build_model
 from .measure import conditions
 from .report import write_report
@@ -169,7 +170,7 @@ def train_all(runs: list[Run], args: ComparisonArguments) -> None:
         Job(str(run), [args.train_script, *run.command], run.folder / "log.txt", run.folder / "result.json")
         for run in runs
     ]
-    work_off(jobs, args.jobs, torch.get_num_threads(), "Training", done)
+    run_jobs(jobs, args.jobs, torch.get_num_threads(), "Training", done)
 
 
 def measure_all(runs: list[Run], args: ComparisonArguments) -> dict[str, dict]:
@@ -191,7 +192,7 @@ def measure_all(runs: list[Run], args: ComparisonArguments) -> dict[str, dict]:
                 output.unlink()  # of another machine, say: speeds are compared under the same conditions
             command = ["hf_inti.comparison.measure", str(run.folder / "last"), str(batch_size), str(output)]
             jobs.append(Job(f"{run.method}, round {i + 1}", command, folder / "measurement_log.txt", output))
-    work_off(jobs, 1, threads, "Measuring", lambda job: f"{job.name}: measured")
+    run_jobs(jobs, 1, threads, "Measuring", lambda job: f"{job.name}: measured")
     measurements = {}
     for run in first:
         rounds = [read_json(run.folder.parent / f"measurement_{i}.json") for i in range(ROUNDS)]

@@ -109,7 +109,7 @@ def apply_sta(
     check_choices(order, first_frame, similarity)
     if schedule not in SCHEDULES:
         raise ValueError(f"STA's schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
-    if not is_count(r, least=0):
+    if not is_count(r, min=0):
         raise ValueError(f"STA's r must be a whole number of tokens from 0, got {r!r}.")
     if r == 0:
         remove(model)

@@ -29,9 +29,9 @@ from .metadata import (
     check_keys,
     check_model,
     check_recipe,
-    facts_of_run,
     load_config,
-    load_facts,
+    load_metadata,
+    metadata_of_run,
     public_text,
     read_benchmark,
     read_results,
@@ -40,7 +40,7 @@ from .metadata import (
 )
 
 
-__all__ = ["EXAMPLE", "FIGURE", "draw_figure", "facts_of_run", "load_facts", "render_card", "write_eval_results"]
+__all__ = ["EXAMPLE", "FIGURE", "draw_figure", "metadata_of_run", "load_metadata", "render_card", "write_eval_results"]
 
 EXAMPLE, FIGURE = "example.mp4", "figure.png"  # what they are called in a model's repository
 PICTURED = ("inti", "linear_pooling", "tome", "sta")  # the compressions that `draw_figure` can draw
@@ -51,7 +51,7 @@ def render_card(facts: dict, model_dir: str | Path, repo_id: str, results=None, 
     """The card of the model in `model_dir`, for the repository `repo_id`, into which `EXAMPLE` and `FIGURE` belong too.
 
     Args:
-        facts: of `load_facts` or `facts_of_run`.
+        facts: of `load_metadata` or `metadata_of_run`.
         results: a results.json that scripts/evaluate.py wrote of this model; without it the card claims no accuracy.
         benchmark: a file that `python -m hf_inti.comparison.measure` wrote of this model; without it no speed.
 
@@ -131,7 +131,9 @@ def draw_figure(model_dir: str | Path, clip, path: str | Path) -> bool:
     processor = InTIClipVideoProcessor.from_pretrained(model_dir)
     frames = processor(clip, do_rescale=False, do_normalize=False)["pixel_values"]
     with torch.inference_mode():
-        out = model(processor.finish(frames), output_interpolation_weights=True, output_token_source=True)
+        out = model(
+            processor.rescale_and_normalize(frames), output_interpolation_weights=True, output_token_source=True
+        )
     return draw_compression(out, frames[0] / 255, model.config.patch_size, path) is not None
 
 
@@ -156,8 +158,8 @@ def _published(facts: dict, config: InTIClipVisionConfig, cost: Cost) -> dict | 
     dataset = str(facts["recipe"]).split("_")[0]
     for table in TABLES:
         for row in table.rows if table.title == title and dataset in table.datasets else ():
-            if (row.model, row.tower) == (model, facts["tower"]) and row.readings:
-                options = {**TOWERS[row.tower], **row.readings[0].options}
+            if (row.model, row.tower) == (model, facts["tower"]) and row.interpretations:
+                options = {**TOWERS[row.tower], **row.interpretations[0].options}
                 read = InTIClipVisionConfig(**options, num_frames=config.num_frames, num_labels=config.num_labels)
                 if count_costs(read)["total"] == cost:
                     return {**row._asdict(), "table": title, "top1": row.top1[table.datasets.index(dataset)]}

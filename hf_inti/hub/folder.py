@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from . import handler
-from .card import EXAMPLE, FIGURE, draw_figure, facts_of_run, load_facts, render_card, write_eval_results
+from .card import EXAMPLE, FIGURE, draw_figure, load_metadata, metadata_of_run, render_card, write_eval_results
 from .metadata import TOKEN, public_text, read_run
 
 
@@ -109,7 +109,7 @@ def prepare_folder(
         if found["metrics.jsonl"] is not None:
             shutil.copyfile(found["metrics.jsonl"], folder / "metrics.jsonl")
     draw_figure(folder, folder / EXAMPLE, folder / FIGURE)
-    facts = facts_of_run(folder) if facts is None else load_facts(facts)
+    facts = metadata_of_run(folder) if facts is None else load_metadata(facts)
     render_card(facts, folder, repo_id, results=results, benchmark=benchmark).save(folder / "README.md")
     if results is not None:
         write_eval_results(folder, facts, results)

@@ -17,7 +17,8 @@ from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from ..papers.published import TOWERS
-from ..training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_recipe
+from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
+from ..training.cli import parse_recipe
 from ..training.setup import FREE_SETTINGS
 
 
@@ -51,7 +52,7 @@ RESULTS = {  # what scripts/evaluate.py writes and cards need
 BENCHMARK = {"conditions", "gmacs", "parameters", "forward_clips_per_second"}  # what comparison_measure.py writes
 
 
-def load_facts(path_or_name: str | Path) -> dict:
+def load_metadata(path_or_name: str | Path) -> dict:
     """The facts of a checkpoint, by name (model_cards/NAME.yaml) or from a YAML file of one's own.
 
     `dataset` may name a file of model_cards/datasets. Raises ValueError for a file that is missing or no mapping, and
@@ -66,7 +67,7 @@ def load_facts(path_or_name: str | Path) -> dict:
     return facts
 
 
-def facts_of_run(model_dir: str | Path) -> dict:
+def metadata_of_run(model_dir: str | Path) -> dict:
     """The facts of any model, from its config.json and, where scripts/train.py left it, run.json.
 
     The licence of the weights is "unknown": it is their owner's to choose, in a facts file. No path gets in: the

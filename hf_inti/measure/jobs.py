@@ -73,7 +73,7 @@ def fail(job: Job):
     raise ValueError(f"{job.name} failed: {last} (all of it in {job.log})")
 
 
-def work_off(jobs: list[Job], at_a_time: int, threads: int, description: str, done: Callable[[Job], str]) -> None:
+def run_jobs(jobs: list[Job], at_a_time: int, threads: int, description: str, done: Callable[[Job], str]) -> None:
     """Do the jobs whose output does not exist yet, `at_a_time` at once, each with its share of `threads`.
 
     `done(job)` is called after each and returns what to show. Raises ValueError when one fails; the others end then.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .layers import depthwise_conv3d, from_grid, to_grid
-from .methods import Adaptation, New, NewLinear, TokenState, Tower, is_count
+from .methods import Adaptation, NewLinear, ResettableModule, TokenState, Tower, is_count
 
 
 class ZeroBiasLinear(NewLinear):
@@ -19,7 +19,7 @@ class ZeroBiasLinear(NewLinear):
         nn.init.zeros_(self.bias)
 
 
-class ZeroConv3d(New, nn.Conv3d):
+class ZeroConv3d(ResettableModule, nn.Conv3d):
     """From zero, weight and bias."""
 
     def reset_parameters(self) -> None:

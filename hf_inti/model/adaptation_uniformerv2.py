@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .layers import depthwise_conv3d, from_grid, to_grid
 from .methods import (
     Adaptation,
-    New,
     NewConv3d,
     NewLinear,
+    ResettableModule,
     TokenState,
     Tower,
     ZeroLinear,
@@ -32,7 +32,7 @@ PRESETS = {"k400": (4, "none"), "ssv2": (2 / 3, "double")}
 LOCAL = ("none", "single", "double")
 
 
-class XavierLinear(New, nn.Linear):
+class XavierLinear(ResettableModule, nn.Linear):
     """Weights uniform after Glorot, biases zero."""
 
     def reset_parameters(self) -> None:
@@ -40,7 +40,7 @@ class XavierLinear(New, nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class VideoQuery(New, nn.Module):
+class VideoQuery(ResettableModule, nn.Module):
     """The video token's start value and the balance of the fusion, both from zero."""
 
     def __init__(self, width: int):
@@ -52,7 +52,7 @@ class VideoQuery(New, nn.Module):
         nn.init.zeros_(self.value)
 
 
-class ZeroBiasConv3d(New, nn.Conv3d):
+class ZeroBiasConv3d(ResettableModule, nn.Conv3d):
     """torch's own initial weights, no bias at the start."""
 
     def reset_parameters(self) -> None:
@@ -60,7 +60,7 @@ class ZeroBiasConv3d(New, nn.Conv3d):
         nn.init.zeros_(self.bias)
 
 
-class ZeroConv2d(New, nn.Conv2d):
+class ZeroConv2d(ResettableModule, nn.Conv2d):
     """From zero."""
 
     def reset_parameters(self) -> None:

@@ -13,10 +13,10 @@ from .layers import at_frames, depthwise_conv3d
 from .methods import (
     Compression,
     FrameInterpolation,
-    New,
     NewConv1d,
     NewConv3d,
     NewLinear,
+    ResettableModule,
     TokenState,
     Tower,
     ZeroLinear,
@@ -48,7 +48,7 @@ class Projection(nn.Sequential):
         super().__init__(nn.LayerNorm(width_in, eps=eps), NewLinear(width_in, width_out), nn.GELU())
 
 
-class TemporalPosition(New, nn.Module):
+class TemporalPosition(ResettableModule, nn.Module):
     """X + sigma P (Eq. 8), with sigma from 0; P (T, 1, C) is interpolated along time for other numbers of frames."""
 
     def __init__(self, num_frames: int, width: int):

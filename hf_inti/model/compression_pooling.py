@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .methods import Compression, FrameInterpolation, New, TokenState, Tower
+from .methods import Compression, FrameInterpolation, ResettableModule, TokenState, Tower
 
 
-class LinearPool(New, FrameInterpolation):
+class LinearPool(ResettableModule, FrameInterpolation):
     """One learned pair of weights for all tokens, which sum to one; it starts at a half each."""
 
     def __init__(self):
@@ -34,7 +34,7 @@ class LinearPool(New, FrameInterpolation):
         return z, weights.expand(*z.shape[:3], 2)
 
 
-class MeanConv3d(New, nn.Conv3d):
+class MeanConv3d(ResettableModule, nn.Conv3d):
     """A convolution of kernel 3 and stride 2 in time that starts as the mean of each pair of frames."""
 
     def __init__(self, width: int):

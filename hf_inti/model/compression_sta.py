@@ -178,7 +178,7 @@ class STA(Compression):
         stage_blocks(tower.num_hidden_layers)
         if r is None:
             return
-        if not is_count(r, least=0):
+        if not is_count(r, min=0):
             raise ValueError(f"STA's r must be a whole number of tokens from 0, got {r!r}.")
         if r + r // 2 + r // 4 >= tower.num_patches:
             raise ValueError(

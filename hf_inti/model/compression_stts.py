@@ -9,7 +9,7 @@ the best square of patches (anchor). In training the choice is softened by noise
 import torch
 from torch import nn
 
-from .methods import Compression, New, NewLinear, TokenState, Tower, is_count, is_number
+from .methods import Compression, NewLinear, ResettableModule, TokenState, Tower, is_count, is_number
 
 
 SCORERS = ("paper", "released")
@@ -56,7 +56,7 @@ def hard_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     return scores.topk(k, dim=-1).indices.sort(dim=-1).values
 
 
-class PerturbedTopK(New, nn.Module):
+class PerturbedTopK(ResettableModule, nn.Module):
     """Holds sigma, which training takes down to zero; see `perturbed_topk`."""
 
     def __init__(self, sigma: float, num_samples: int):

@@ -64,7 +64,7 @@ def in_eager_cpu(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def lay_together(linears: list[nn.Linear]) -> None:
+def pack_parameters(linears: list[nn.Linear]) -> None:
     """Put the weights of several layers, and their biases, one behind the other in memory. The parameters stay."""
     for name in ("weight", "bias"):
         parameters = [getattr(linear, name) for linear in linears]
@@ -73,7 +73,7 @@ def lay_together(linears: list[nn.Linear]) -> None:
             parameter.data = part
 
 
-def as_one(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+def packed_view(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     """Tensors that lie one behind the other in memory as one, along their first dimension; None if they do not.
 
     Nothing is copied: whoever writes to one of them writes to what this returns.
@@ -88,17 +88,17 @@ def as_one(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
-def apply_together(x: torch.Tensor, linears: list[nn.Linear]) -> tuple[torch.Tensor, ...] | None:
+def fused_linear(x: torch.Tensor, linears: list[nn.Linear]) -> tuple[torch.Tensor, ...] | None:
     """The outputs of several layers of one input x (..., C) by one matrix product; None where they lie apart."""
     if torch.compiler.is_compiling() or not is_plain(*linears):
         return None
-    weight, bias = (as_one([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    weight, bias = (packed_view([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
     if weight is None or bias is None:
         return None
     return nn.functional.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
 
 
-def attend_by_frames(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float):
+def chunked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float):
     """Attention of a few frames at a time: q, k, v (frames, H, L, d), bias (frames, 1, 1, L) -> (frames, L, H, d).
 
     On CPUs faster than torch's fused kernel, which multiplies in smaller pieces.

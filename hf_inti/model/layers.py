@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .methods import New, TokenState, Tower, is_count, is_number
+from .methods import ResettableModule, TokenState, Tower, is_count, is_number
 
 
 def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
@@ -67,7 +67,7 @@ def at_frames(P: torch.Tensor, num_frames: int) -> torch.Tensor:
     return P
 
 
-class TemporalEmbedding(New, nn.Module):
+class TemporalEmbedding(ResettableModule, nn.Module):
     """A learned embedding of each frame, from zero, added to all its tokens (ZeroI2V, AIM): x (B, T, L, C)."""
 
     def __init__(self, num_frames: int, width: int):

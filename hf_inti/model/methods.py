@@ -72,9 +72,9 @@ def block_rate(tower: Tower, i: int) -> float:
     return tower.drop_path_rate * (i - 1) / max(tower.num_hidden_layers - 1, 1)
 
 
-def is_count(value, least: int = 1, most: int | None = None) -> bool:
+def is_count(value, min: int = 1, max: int | None = None) -> bool:
     """Whether an option is a whole number in a range; True and False are none."""
-    return type(value) is int and value >= least and (most is None or value <= most)
+    return type(value) is int and value >= min and (max is None or value <= max)
 
 
 def is_number(value) -> bool:
@@ -82,7 +82,7 @@ def is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-class New:
+class ResettableModule:
     """A leaf module that CLIP does not have, and which therefore starts from its own `reset_parameters`.
 
     transformers initialises parameters leaf by leaf and passes over modules that hold none themselves, so a new
@@ -91,19 +91,19 @@ class New:
     """
 
 
-class NewLinear(New, nn.Linear):
+class NewLinear(ResettableModule, nn.Linear):
     """With torch's own initial values, under which the output keeps its scale at any width."""
 
 
-class NewConv1d(New, nn.Conv1d):
+class NewConv1d(ResettableModule, nn.Conv1d):
     """With torch's own initial values."""
 
 
-class NewConv3d(New, nn.Conv3d):
+class NewConv3d(ResettableModule, nn.Conv3d):
     """With torch's own initial values."""
 
 
-class ZeroLinear(New, nn.Linear):
+class ZeroLinear(ResettableModule, nn.Linear):
     """A linear layer that starts at zero."""
 
     def reset_parameters(self) -> None:

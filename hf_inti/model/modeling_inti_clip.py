@@ -37,19 +37,19 @@ from .compression import COMPRESSIONS
 from .configuration_inti_clip import InTIClipVisionConfig
 from .fast_paths import (
     Optimizable,
-    apply_together,
-    attend_by_frames,
     check_linear,
+    chunked_attention,
+    fused_linear,
     in_eager_cpu,
     is_plain,
-    lay_together,
+    pack_parameters,
     scaled_mlp,
 )
 from .methods import (
     Adaptation,
     Compression,
     FrameInterpolation,
-    New,
+    ResettableModule,
     TokenState,
     block_rate,
     check_frames,
@@ -125,13 +125,13 @@ class InTIClipAttention(CLIPAttention, Optimizable):
             check_linear(name, getattr(self, name))
 
     def optimize(self) -> None:
-        lay_together([self.q_proj, self.k_proj, self.v_proj])
+        pack_parameters([self.q_proj, self.k_proj, self.v_proj])
         super().optimize()
 
     def project(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Queries, keys and values (B, T, L, D), heads side by side."""
         linears = [self.q_proj, self.k_proj, self.v_proj]
-        outputs = apply_together(x, linears) if self.fast else None
+        outputs = fused_linear(x, linears) if self.fast else None
         if outputs is None:
             outputs = [linear(x) for linear in linears]
         return dict(zip(("query", "key", "value"), outputs, strict=True))
@@ -159,7 +159,7 @@ class InTIClipAttention(CLIPAttention, Optimizable):
                 )
             mask = key_bias.flatten(0, 1)[:, None, None].to(x.dtype)  # (B*T, 1, 1, L)
         if self.fast and implementation == "sdpa" and in_eager_cpu(x):
-            out, weights = attend_by_frames(*heads, mask, self.scale), None
+            out, weights = chunked_attention(*heads, mask, self.scale), None
         else:
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             dropout = self.dropout if self.training else 0.0
@@ -195,12 +195,12 @@ class InTIClipEncoderLayer(CLIPEncoderLayer):
         super().__init__(config)
         self.self_attn = InTIClipAttention(config)
         self.mlp = InTIClipMLP(config)
-        self.i = i  # counted from 1
+        self.layer_idx = i  # counted from 1
         self.drop_path_rate = block_rate(config.tower, i)
 
     def forward(self, x, state: TokenState, compression: Compression, adaptation: Adaptation, **kwargs):
         """-> x (B, T, L', D), the feature that the compression reads (B, T, L, D) or None, state."""
-        i = self.i
+        i = self.layer_idx
         rate = self.drop_path_rate if adaptation.drops_blocks else 0.0
         x = adaptation.before_attention(i, x, state, self._normed_attention)
         h = adaptation.branch_in(i, self.layer_norm1(x))
@@ -238,8 +238,8 @@ class InTIClipEncoder(CLIPEncoder):
         side = adaptation.start(x)
         for layer in self.layers:
             x, feature, state = layer(x, state, compression, adaptation, **kwargs)
-            x, state = compression.after_block(layer.i, x, feature, state)
-            side = adaptation.after_block(layer.i, x, state, side)
+            x, state = compression.after_block(layer.layer_idx, x, feature, state)
+            side = adaptation.after_block(layer.layer_idx, x, state, side)
         return x, state, side
 
 
@@ -270,7 +270,7 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, New):
+        if isinstance(module, ResettableModule):
             module.reset_parameters()
         else:
             super()._init_weights(module)

@@ -147,7 +147,7 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
             bicubic, 2 bilinear); see `resize`.
         do_center_crop, crop_size: height and width in pixels; see `crop`.
         num_crops: 1 (the centre) or 3 (both ends of the longer side too).
-        do_rescale, rescale_factor, do_normalize, image_mean, image_std: see `finish`; CLIP's by default.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std: see `rescale_and_normalize`; CLIP's by default.
 
     Raises:
         ValueError: for an option that does not exist, or a value that is not among the valid ones.
@@ -212,8 +212,8 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
     ) -> torch.Tensor:
         """One clip of one video, resized but neither cropped nor normalised: uint8 (T, 3, h, w).
 
-        Training augmentation comes next, then `finish`. With a `generator` the frames are sampled at random,
-        without one as for a single test clip; with do_sample_frames=False all frames are returned. The other
+        Training augmentation comes next, then `rescale_and_normalize`. With a `generator` the frames are sampled at
+        random, without one as for a single test clip; with do_sample_frames=False all frames are returned. The other
         arguments and the errors are those of `preprocess`.
         """
         options = self._options({**overrides, "num_frames": num_frames, "num_clips": 1})
@@ -226,7 +226,7 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
 
         return _stack(_read_frames(video, "the video", choose, transform), "frames")
 
-    def finish(self, frames: torch.Tensor, **overrides) -> torch.Tensor:
+    def rescale_and_normalize(self, frames: torch.Tensor, **overrides) -> torch.Tensor:
         """Rescales and normalises (..., 3, H, W), uint8 or float, grey levels 0 to 255, into float32."""
         if frames.ndim < 3 or frames.shape[-3] != 3:
             raise ValueError(f"frames must have shape (..., 3, H, W), got {tuple(frames.shape)}")

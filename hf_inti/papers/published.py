@@ -8,7 +8,7 @@ Tables 1 to 5 and 7. STA: Ding et al., "Prune Spatio-temporal Tokens by Semantic
 from typing import NamedTuple
 
 
-class Reading(NamedTuple):
+class Interpretation(NamedTuple):
     """One configuration that may be what a row means.
 
     `options` are fields of InTIClipVisionConfig; `reasons` are keys of `REASONS`: why its costs are not those printed.
@@ -22,7 +22,7 @@ class Reading(NamedTuple):
 class Row(NamedTuple):
     """A printed row: GFLOPs, parameters in M and top-1 in % on each dataset of its table, None where none is printed.
 
-    Without `readings` the model is not in this package; else the first is what we take the row to be.
+    Without `interpretations` the model is not in this package; else the first is what we take the row to be.
     """
 
     model: str
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     gflops: float | None
     params: float | None
     top1: tuple[float, ...]
-    readings: tuple[Reading, ...] = ()
+    interpretations: tuple[Interpretation, ...] = ()
 
 
 class Table(NamedTuple):
@@ -59,14 +59,14 @@ TEMP_RELEASED = {"adaptation": "uniformerv2", "adaptation_options": {"preset": "
 MERGED = {"compression": "none", "adaptation": "zeroi2v", "adaptation_options": {"merged": True}}
 
 
-def _one(options: dict, *reasons: str, name: str = "") -> tuple[Reading, ...]:
-    return (Reading(name, options, reasons),)
+def _one(options: dict, *reasons: str, name: str = "") -> tuple[Interpretation, ...]:
+    return (Interpretation(name, options, reasons),)
 
 
-def _inti(layers: list[int], *reasons: str, temp: dict | None = None, **options) -> tuple[Reading, ...]:
-    """Both readings of F_cube."""
+def _inti(layers: list[int], *reasons: str, temp: dict | None = None, **options) -> tuple[Interpretation, ...]:
+    """Both interpretations of F_cube."""
     return tuple(
-        Reading(cube, _compressed("inti", temp or {}, layers, cube=cube, **options), reasons + more)
+        Interpretation(cube, _compressed("inti", temp or {}, layers, cube=cube, **options), reasons + more)
         for cube, more in (("local_mhra", ()), ("dwconv", ("cube",)))
     )
 
@@ -76,34 +76,34 @@ def _compressed(compression: str, temp: dict, layers: list[int] | None = None, *
     return {"compression": compression, "compression_options": options, **positions, **temp}
 
 
-def _context(*context: str, reasons: tuple[str, ...] = ()) -> tuple[Reading, ...]:
-    readings = _inti([5, 7], *reasons, temp=TEMP, context=list(context))
-    return readings if "cube" in context else (readings[0]._replace(name=""),)
+def _context(*context: str, reasons: tuple[str, ...] = ()) -> tuple[Interpretation, ...]:
+    interpretations = _inti([5, 7], *reasons, temp=TEMP, context=list(context))
+    return interpretations if "cube" in context else (interpretations[0]._replace(name=""),)
 
 
-# The readings of Tables 2, 3 and 7.
+# The interpretations of Tables 2, 3 and 7.
 UNIFORMERV2 = _one({**NAIVE, **TEMP}, "norms")
 UNIFORMERV2_SSV2 = (
-    Reading("full rate", {**NAIVE, **TEMP_SSV2}, ("ssv2",)),
-    Reading("as released", {**NAIVE, **TEMP_RELEASED}, ("ssv2",)),
+    Interpretation("full rate", {**NAIVE, **TEMP_SSV2}, ("ssv2",)),
+    Interpretation("as released", {**NAIVE, **TEMP_RELEASED}, ("ssv2",)),
 )
 AIM = {"compression": "none", "adaptation": "aim"}
 AIM_SSV2 = {**AIM, "adaptation_options": {"num_tadapter": 2}}
 ST_ADAPTER = {"compression": "none", "adaptation": "st_adapter"}
 ST_ADAPTER_SSV2 = (
-    Reading("24 adapters", {**ST_ADAPTER, "adaptation_options": {"pre_attention": True}}, ("st",)),
-    Reading("12 adapters", ST_ADAPTER, ("st",)),
+    Interpretation("24 adapters", {**ST_ADAPTER, "adaptation_options": {"pre_attention": True}}, ("st",)),
+    Interpretation("12 adapters", ST_ADAPTER, ("st",)),
 )
 TOME_K400 = (
-    Reading("r 10", _compressed("tome", TEMP, r=10), ("tome",)),
-    Reading("r 10, no temp", _compressed("tome", {}, r=10), ("tome",)),
-    Reading("r 11 and 10", _compressed("tome", TEMP, r=[11] * 6 + [10] * 6), ("tome",)),
+    Interpretation("r 10", _compressed("tome", TEMP, r=10), ("tome",)),
+    Interpretation("r 10, no temp", _compressed("tome", {}, r=10), ("tome",)),
+    Interpretation("r 11 and 10", _compressed("tome", TEMP, r=[11] * 6 + [10] * 6), ("tome",)),
 )
 TOME_SSV2 = _one(_compressed("tome", TEMP_SSV2, r=10), "guess", name="r 10")
 STA_K400 = (
-    Reading("r 48", _compressed("sta", TEMP, r=48), ("sta",)),
-    Reading("r 48, no temp", _compressed("sta", {}, r=48), ("sta",)),
-    Reading("r 53", _compressed("sta", TEMP, r=53), ("sta",)),
+    Interpretation("r 48", _compressed("sta", TEMP, r=48), ("sta",)),
+    Interpretation("r 48, no temp", _compressed("sta", {}, r=48), ("sta",)),
+    Interpretation("r 53", _compressed("sta", TEMP, r=53), ("sta",)),
 )
 STA_SSV2 = _one(_compressed("sta", TEMP_SSV2, r=48), "guess", name="r 48")
 CONV_K400 = _one(_compressed("conv_pooling", TEMP, [5, 7]), "conv", "linear")

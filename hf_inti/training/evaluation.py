@@ -9,7 +9,8 @@ from accelerate.utils import gather_object, tqdm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data.datasets import BadVideos, VideoClips, collate, label_names_of
+from ..data.clips import BadVideos, VideoClips, collate
+from ..data.datasets import label_names_of
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from .metrics import VideoAccuracy
 
@@ -17,7 +18,7 @@ from .metrics import VideoAccuracy
 AHEAD = 8  # views that each worker may decode before they are needed; one is 10 MB in the usual shape
 
 
-class Views:
+class EvalTransform:
     """All test views of a video: (video, generator) -> pixel_values (V, T, 3, H, W), clip-major."""
 
     def __init__(self, processor: InTIClipVideoProcessor, num_clips: int = 1, num_crops: int = 1):
@@ -53,7 +54,7 @@ def predict_batches(
 
 
 def evaluation_loader(clips: VideoClips, accelerator: Accelerator, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """A prepared loader of `clips`, which need `on_bad_video="keep"` and `Views`."""
+    """A prepared loader of `clips`, which need `on_bad_video="keep"` and `EvalTransform`."""
     loader = DataLoader(clips, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
     return accelerator.prepare_data_loader(loader)
 

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler, logging
 
 from ..data.augmentation import ClipAugmentation
-from ..data.datasets import StreamingVideoClips, VideoClips, cache_frames, label_names_of
+from ..data.clips import StreamingVideoClips, VideoClips, cache_frames
+from ..data.datasets import label_names_of
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from .arguments import DataArguments, ModelArguments, TrainingArguments
-from .evaluation import Views
+from .evaluation import EvalTransform
 
 
 NEW_MODULES = ("compression.", "adaptation.", "classifier.")  # what a CLIP checkpoint does not have
@@ -66,7 +67,7 @@ def frame_size(pixels: int, squash: bool) -> dict[str, int]:
     return {"height": pixels, "width": pixels} if squash else {"shortest_edge": pixels}
 
 
-class TrainingClip:
+class TrainTransform:
     """One randomly sampled and augmented clip: (video, generator, label) -> uint8 pixel_values (T, 3, H, W), labels."""
 
     def __init__(self, processor: InTIClipVideoProcessor, augmentation: ClipAugmentation, size: dict):
@@ -132,13 +133,13 @@ def build_clips(
             eval_set = eval_set and cache_frames(eval_set, AllFrames(processor, dict(processor.size)))
     augmentation = build_augmentation(data, processor.crop_size["height"], label_names)
     shared = {"seed": training.seed, "repeats": data.repeats, "with_label": True}
-    transform = TrainingClip(processor, augmentation, size)
+    transform = TrainTransform(processor, augmentation, size)
     if data.streaming:
         place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         train_clips = StreamingVideoClips(train_set, transform, shuffle_buffer=1000, **place, **shared)
     else:
         train_clips = VideoClips(train_set, transform, on_bad_video=data.on_bad_video, **shared)
-    return train_clips, eval_set and VideoClips(eval_set, Views(processor), on_bad_video="keep")
+    return train_clips, eval_set and VideoClips(eval_set, EvalTransform(processor), on_bad_video="keep")
 
 
 def parameter_groups(model: nn.Module, training: TrainingArguments) -> list[dict]:

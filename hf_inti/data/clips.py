@@ -1,0 +1,280 @@
+"""The clips that a model is trained and tested on: decoding, seeding and batching of a dataset's videos.
+
+`VideoClips` and `StreamingVideoClips` decode and augment by the caller's `transform(video, generator) ->
+dict of tensors`; `video` is the dict of the row, or all its frames, uint8 (T, 3, h, w), if the dataset
+comes from `cache_frames`.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+
+import datasets
+import pyarrow.compute as pc
+import torch
+from datasets import Features, Value
+from datasets.distributed import split_dataset_by_node
+from datasets.fingerprint import Hasher
+from datasets.utils.file_utils import xopen
+from torch.utils.data import get_worker_info
+
+from ..model.video_decoding import VideoDecodingError
+
+
+logger = logging.getLogger(__name__)
+
+MAX_DRAWS = 100  # so many broken videos in a row are no accident
+BAD_VIDEO_MODES = ("skip", "error", "keep")
+
+
+def stable_hash(text):
+    """63 bits, the same in every process and run (Python's own hash is not)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class _Clips:
+    """What map-style and streamed clips share: seeding, decoding of one row, the form of an item."""
+
+    def __init__(self, dataset, transform, seed, repeats, with_label):
+        if repeats < 1:
+            raise ValueError(f"repeats must be 1 or more, got {repeats}")
+        self.dataset, self.transform = dataset, transform
+        self.seed, self.repeats, self.with_label = seed, repeats, with_label
+        # In shared memory: persistent workers hold a copy of this object and would never hear of a new epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch):
+        """Call before each epoch: augmentation is a function of (seed, epoch, item, repeat) alone."""
+        self._epoch.fill_(epoch)
+
+    def _generators(self, item):
+        keys = [repr((self.seed, self._epoch.item(), item, repeat)) for repeat in range(self.repeats)]
+        return [torch.Generator().manual_seed(stable_hash(key)) for key in keys]
+
+    def _tensors(self, row, generators):
+        """Tensors of a row's clips and its labels, with a leading dimension if there are repeats."""
+        extra = (row["label"],) if self.with_label else ()
+        clips = [dict(self.transform(_read_video(row), generator, *extra)) for generator in generators]
+        labels = [int(clip.pop("labels", row["label"])) for clip in clips]
+        if self.repeats == 1:
+            return clips[0], labels[0]
+        return {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}, torch.tensor(labels)
+
+
+def _item(tensors, labels, index, row, ok, bad):
+    return {**tensors, "labels": labels, "index": index, "video_id": _name(row, index), "ok": ok, "bad": bad}
+
+
+def _name(row, index):
+    path = row["path"] if "frames" in row else row["video"]["path"]
+    return path or f"item {index}"
+
+
+def _read_video(row):
+    if "frames" in row:
+        if row["error"]:
+            raise VideoDecodingError(row["error"])
+        return torch.frombuffer(bytearray(row["frames"]), dtype=torch.uint8).view(row["shape"])
+    path, data = row["video"]["path"], row["video"]["bytes"]
+    if data is None and "://" in path:  # streamed from the Hub, or inside an archive
+        with xopen(path, "rb") as file:
+            data = file.read()
+    return {"path": path, "bytes": data}
+
+
+def _bad_entry(row, index, error):
+    name = _name(row, index)
+    reason = str(error).removeprefix(f"{name}: ").removeprefix("<bytes>: ")
+    return f"{name}\t{reason}"
+
+
+def _all_broken(bad):
+    name, _, reason = bad[0].partition("\t")
+    return VideoDecodingError(f"{name}: {reason}; and no other of {len(bad)} videos tried in a row decodes")
+
+
+class VideoClips(_Clips, torch.utils.data.Dataset):
+    """Decoded, augmented clips of a map-style dataset of `load_video_dataset` or `cache_frames`.
+
+    An item holds the tensors of `transform(video, generator)`, `labels` (int), `index` (the row asked for),
+    `video_id` (path of the video that the tensors show), `ok` and `bad` (list of "name<TAB>reason"). With
+    `repeats=R > 1` the video is sampled R times: tensors get a leading R, `labels` is (R,).
+    `with_label=True` calls `transform(video, generator, label)`, which may return a new scalar "labels": for
+    flips that change the class.
+    What a broken video (VideoDecodingError, nothing else) does is `on_bad_video`:
+    - "skip": another video, drawn from the item's generator, takes its place, and `bad` names it (training);
+    - "error": it is raised;
+    - "keep": the item is `ok=False`, with the tensors of `transform.blank()`; count it as wrong (evaluation).
+    Raises VideoDecodingError when MAX_DRAWS videos in a row are broken.
+    """
+
+    def __init__(self, dataset, transform, *, seed=0, repeats=1, on_bad_video="skip", with_label=False):
+        super().__init__(dataset, transform, seed, repeats, with_label)
+        if on_bad_video not in BAD_VIDEO_MODES:
+            raise ValueError(f"on_bad_video must be one of {BAD_VIDEO_MODES}, got {on_bad_video!r}")
+        self.on_bad_video = on_bad_video
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        index = int(index)
+        generators, bad, row = self._generators(index), [], self.dataset[index]
+        while True:
+            try:
+                tensors, labels = self._tensors(row, generators)
+                return _item(tensors, labels, index, row, True, bad)
+            except VideoDecodingError as error:
+                if self.on_bad_video == "error":
+                    raise
+                bad.append(_bad_entry(row, index, error))
+            if self.on_bad_video == "keep":
+                return _item(self.transform.blank(), row["label"], index, row, False, bad)
+            if len(bad) == MAX_DRAWS:
+                raise _all_broken(bad)
+            row = self.dataset[int(torch.randint(len(self), (), generator=generators[0]))]
+
+
+class StreamingVideoClips(_Clips, torch.utils.data.IterableDataset):
+    """VideoClips' items from a streamed dataset; broken videos are left out, named in a neighbour's `bad`.
+
+    `rank` of `world_size` processes reads its own part, and each DataLoader worker its own part of that
+    (useful up to as many workers as shards). `shuffle_buffer` rows are shuffled, anew in each epoch. A
+    stream has no row numbers: `index` is a hash of `video_id`, and with (seed, epoch, repeat) it seeds the
+    augmentation, so that neither workers nor processes change it. Raises VideoDecodingError when MAX_DRAWS
+    videos in a row are broken.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        transform,
+        *,
+        seed=0,
+        repeats=1,
+        with_label=False,
+        shuffle_buffer=0,
+        rank=0,
+        world_size=1,
+    ):
+        if shuffle_buffer:
+            dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        if world_size > 1:
+            dataset = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
+        super().__init__(dataset, transform, seed, repeats, with_label)
+        self.world_size = world_size
+
+    def set_epoch(self, epoch):
+        super().set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self):
+        bad, waiting = [], None  # one item is held back: broken videos at the end still find a neighbour
+        for position, row in enumerate(self.dataset):
+            name = _name(row, position)
+            index = stable_hash(name)
+            try:
+                tensors, labels = self._tensors(row, self._generators(index))
+            except VideoDecodingError as error:
+                bad.append(_bad_entry(row, position, error))
+                if len(bad) == MAX_DRAWS:
+                    raise _all_broken(bad) from None
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting = {**_item(tensors, labels, index, row, True, bad), "video_id": name}
+            bad = []
+        if waiting is not None:
+            waiting["bad"] += bad
+            yield waiting
+        elif bad and self.world_size == 1 and get_worker_info() is None:
+            raise _all_broken(bad)
+        elif bad:  # a small share may well have no other video
+            logger.warning("all videos of one worker's share are broken: %s", "; ".join(bad))
+
+
+def collate(items):
+    """A batch of VideoClips' items: tensors (B, ...); `labels`, `index` (int64), `ok` (bool) of shape (B,);
+    `video_ids`, `bad` lists. Repeats are clips of their own: B = items x repeats.
+    """
+    repeats = [item["labels"].numel() if torch.is_tensor(item["labels"]) else 1 for item in items]
+    batch = {}
+    for key in items[0].keys() - {"labels", "index", "video_id", "ok", "bad"}:
+        clips = [item[key] if torch.is_tensor(item["labels"]) else item[key].unsqueeze(0) for item in items]
+        batch[key] = torch.cat(clips)
+    batch["labels"] = torch.cat([torch.as_tensor(item["labels"]).reshape(-1) for item in items])
+    each = torch.tensor(repeats)
+    batch["index"] = torch.tensor([item["index"] for item in items]).repeat_interleave(each)
+    batch["ok"] = torch.tensor([item["ok"] for item in items]).repeat_interleave(each)
+    batch["video_ids"] = [item["video_id"] for item, n in zip(items, repeats, strict=True) for _ in range(n)]
+    batch["bad"] = [entry for item in items for entry in item["bad"]]
+    return batch
+
+
+class BadVideos:
+    """The broken videos of a run, each counted once, from the `bad` lists of batches (of all processes)."""
+
+    def __init__(self):
+        self.reasons = {}
+
+    def add(self, bad):
+        for entry in bad:
+            name, _, reason = entry.partition("\t")
+            self.reasons.setdefault(name, reason)
+
+    def __len__(self):
+        return len(self.reasons)
+
+    def report(self):
+        """Their number and the first 20 by name with reasons, one line each."""
+        lines = [f"{name}: {reason}" for name, reason in sorted(self.reasons.items())]
+        more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+        return "\n".join([f"{len(lines)} broken videos", *lines[:20], *more])
+
+    def to_json(self):
+        return json.dumps({"count": len(self), "videos": self.reasons}, indent=2, sort_keys=True)
+
+
+def cache_frames(dataset, decode, num_proc=None):
+    """The dataset with all videos decoded once, into an Arrow file in datasets' cache: for small datasets.
+
+    `decode(video) -> uint8 (T, 3, h, w)`; VideoClips then hands those frames to its transform. The file is
+    found again by the dataset, `decode` (with its state) and the videos' sizes and times; a change decodes
+    all anew. Broken videos stay broken: their VideoDecodingError comes on access. With several processes,
+    let one run this first.
+    """
+    paths = pc.struct_field(dataset.with_format("arrow")["video"][:], "path").to_pylist()
+    stats = [os.stat(path) if path and os.path.isfile(path) else None for path in paths]
+    stamps = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+    fingerprint = Hasher.hash((dataset._fingerprint, decode, stamps))
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "hf_inti_frames")
+    os.makedirs(folder, exist_ok=True)
+    columns = {
+        "path": Value("string"),
+        "frames": Value("large_binary"),
+        "shape": datasets.Sequence(Value("int32")),
+        "error": Value("string"),
+        "label": dataset.features["label"],
+    }
+    return dataset.map(
+        functools.partial(_decode_row, decode=decode),
+        remove_columns=["video"],
+        features=Features(columns),
+        num_proc=num_proc,
+        new_fingerprint=fingerprint,
+        cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"),
+        writer_batch_size=4,  # rows are megabytes
+        desc="Decoding videos",
+    )
+
+
+def _decode_row(row, decode):
+    path = row["video"]["path"]
+    try:
+        frames = decode(_read_video(row)).contiguous()
+    except VideoDecodingError as error:
+        return {"path": path, "frames": b"", "shape": [0], "error": str(error), "label": row["label"]}
+    data = frames.numpy().tobytes()
+    return {"path": path, "frames": data, "shape": list(frames.shape), "error": "", "label": row["label"]}
