@@ -88,11 +88,24 @@ def test_sta(order, r, T, tower):
         assert kept == positions[b, t].tolist()
 
 
-@pytest.mark.parametrize("similarity", ["query", "value"])
-def test_sta_by_other_features(similarity, tower):
-    model, params = tower(compression="sta", compression_options={"r": 6, "similarity": similarity})
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"similarity": "query"},
+        {"similarity": "value"},
+        {"similarity": "ffn"},
+        {"r": 3, "schedule": "constant"},
+        {"r": 2, "schedule": "increasing"},
+        {"scores": "semantic"},
+        {"scores": "temporal"},
+    ],
+    ids=str,
+)
+def test_sta_ablations(options, tower):
+    options = {"r": 6, **options}
+    model, params = tower(compression="sta", compression_options=options)
     x = clips()
-    feature, tokens, _ = sta.sta_clip(x, params, heads=HEADS, r=6, similarity=similarity)
+    feature, tokens, _ = sta.sta_clip(x, params, heads=HEADS, **options)
     compare(model, x, feature, tokens)
 
 
@@ -237,15 +250,29 @@ def videomae(tmp_path_factory):
     return lambda: VideoMAEForVideoClassification.from_pretrained(folder).double().eval()
 
 
-@pytest.mark.parametrize("schedule", ["paper", "released"])
-@pytest.mark.parametrize("r", [4, 7])
-def test_sta_on_videomae(schedule, r, videomae):
-    model = apply_sta(videomae(), r=r, schedule=schedule)
+STA_OPTIONS = [
+    {"r": 7},
+    {"r": 4, "schedule": "released"},
+    {"r": 3, "schedule": "constant"},
+    {"r": 2, "schedule": "increasing"},
+    {"r": 4, "order": "B-F-B"},
+    {"r": 4, "order": "B"},
+    {"r": 4, "similarity": "query"},
+    {"r": 4, "similarity": "value"},
+    {"r": 4, "similarity": "ffn"},
+    {"r": 4, "scores": "semantic"},
+    {"r": 4, "scores": "temporal"},
+]
+
+
+@pytest.mark.parametrize("options", [{"r": 4}, *STA_OPTIONS], ids=str)
+def test_sta_on_videomae(options, videomae):
+    model = apply_sta(videomae(), **options)
     x = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         got = model(x).logits
         alone = model(x[1:]).logits
-    wanted = sta.sta_videomae(x, model.state_dict(), model.config, r, schedule)
+    wanted = sta.sta_videomae(x, model.state_dict(), model.config, **options)
     assert_close(got, wanted, rtol=0, atol=1e-9)
     assert_close(alone, got[1:], rtol=0, atol=1e-12)
 
@@ -279,21 +306,21 @@ def test_sta_on_videomae_has_stas_options(options, videomae):
 
 def test_what_sta_cannot_do_on_videomae_is_said(videomae, tiny_config):
     model = videomae()
-    with pytest.raises(ValueError, match="r 16 drops 16 of a group's 16"):
+    with pytest.raises(ValueError, match="got 16, which drops 16 of a group's 16"):
         apply_sta(model, r=16)
-    with pytest.raises(ValueError, match="schedule must be one of paper, released"):
+    with pytest.raises(ValueError, match="schedule must be one of decreasing, constant, increasing, released"):
         apply_sta(model, schedule="half")
     for groups in (5, "4", 2.0, True, 0):
         with pytest.raises(ValueError, match="divides the model's 64 tokens"):
             apply_sta(model, groups=groups)
-    with pytest.raises(ValueError, match="2 is not a multiple of 4"):
+    with pytest.raises(ValueError, match="multiple of 4 with schedule 'released'.*got 2"):
         apply_sta(model, r=2, schedule="released", groups=2)
     with pytest.raises(ValueError, match="order must be"):
         apply_sta(model, order="forward")
     with pytest.raises(ValueError, match="got InTIClipVisionModel"):
         apply_sta(InTIClipVisionModel(tiny_config()))
     model.config.use_mean_pooling = False
-    with pytest.raises(ValueError, match="needs use_mean_pooling"):
+    with pytest.raises(ValueError, match="set use_mean_pooling"):
         apply_sta(model)
 
 

@@ -480,7 +480,7 @@ def test_soft_selection_is_counted_finely_in_bfloat16():
         ("compression", "sta", {"r": 2.5}, "whole number of tokens"),
         ("compression", "sta", {"order": "F-B"}, "order must be"),
         ("compression", "sta", {"first_frame": "none"}, "first_frame must be one of tome, random, grid"),
-        ("compression", "sta", {"similarity": "cosine"}, "similarity must be one of query, key, value"),
+        ("compression", "sta", {"similarity": "cosine"}, "similarity must be one of key, query, value, ffn"),
         (
             "compression",
             "stts",

@@ -376,21 +376,21 @@ def videomae(depth=3, num_frames=16):
     return model
 
 
-@pytest.mark.parametrize("schedule", ["paper", "released"])
+@pytest.mark.parametrize("schedule", ["decreasing", "released"])
 @torch.no_grad()
 def test_sta_videomae_without_pruning_matches_transformers(schedule):
     model, pixels = videomae(), normal(2, 16, 3, 8, 8)
-    logits = sta.sta_videomae(pixels, model.state_dict(), model.config, 0, schedule)
+    logits = sta.sta_videomae(pixels, model.state_dict(), model.config, 0, schedule=schedule)
     same(logits, model(pixels).logits, 1e-10)
     assert logits.std() > 0.1
 
 
 @torch.no_grad()
 def test_sta_videomae_schedules_drop_as_many():
-    # 8 groups of 4 tokens. "paper" drops 8 x (2 + 1 + 0), "released" (8 + 4 + 2) x 2.
+    # 8 groups of 4 tokens. "decreasing" drops 8 x (2 + 1 + 0), "released" (8 + 4 + 2) x 2.
     model, clip = videomae(), normal(16, 3, 8, 8)
     params = model.state_dict()
-    assert len(sta.videomae_tokens(clip, params, model.config, 2, "paper")) == 8
+    assert len(sta.videomae_tokens(clip, params, model.config, 2, "decreasing")) == 8
     assert len(sta.videomae_tokens(clip, params, model.config, 2, "released")) == 4
 
 

@@ -1,12 +1,12 @@
 """STA: semantic-aware temporal accumulation, Ding et al., "Prune Spatio-temporal Tokens by Semantic-aware Temporal
 Accumulation" (ICCV 2023).
 
-Frame after frame, tokens that repeat what was kept of the frame before and are weakly activated are dropped. There is
-nothing to learn. Letters: B clips, G groups of tokens (frames), N tokens of a group, r of them dropped; A the
-accumulated temporal score (Eq. 3).
+Walking through the frames, STA drops tokens that repeat what was kept of the previous frame and are weakly activated.
+Nothing is learned. Letters: B clips, G groups of tokens (frames), N tokens in a group, r of them dropped; A the
+accumulative temporal score (Eq. 3), F the semantic importance (Eq. 4).
 
-Where paper and released code differ, or the paper is silent, this follows the code: features are normalised (cosines),
-A starts from ones over the WHOLE first frame, and kept tokens come out in the order of their scores.
+Where the paper is silent or differs from the released code, this follows the code: features are normalised (cosines),
+A starts from ones over the whole first frame, dropped tokens included, and kept tokens come out in order of score.
 """
 
 import re
@@ -17,25 +17,44 @@ from torch import nn
 from .methods import Compression, TokenState, Tower, is_count
 
 
-FIRST_FRAMES = ("tome", "random", "grid")
-SIMILARITIES = ("query", "key", "value")
+FIRST_FRAMES = ("tome", "random", "grid")  # Table 6a
+SIMILARITIES = ("key", "query", "value", "ffn")  # Table 6c
+# Table 6d: what the three stages drop, as multiples of r.
+SCHEDULES = {"decreasing": (1, 1 / 2, 1 / 4), "constant": (1, 1, 1), "increasing": (1, 2, 4)}
+SCORES = ("both", "semantic", "temporal")  # Table 6e: (1 - F) A, 1 - F, A
+PRIME = 2**31 - 1
 
 
-def check_choices(order: str = "F-B-F", first_frame: str = "tome", similarity: str = "key") -> None:
+def check_choices(
+    order: str = "F-B-F", first_frame: str = "tome", similarity: str = "key", scores: str = "both"
+) -> None:
     """Raise a ValueError that names the valid choices for a bad one."""
     if not isinstance(order, str) or not re.fullmatch("[FB]|[FB]-[FB]-[FB]", order):
         raise ValueError(f'STA\'s order must be "F", "B" or three of them such as "F-B-F", got {order!r}.')
     for name, value, valid in (
         ("first_frame", first_frame, FIRST_FRAMES),
         ("similarity", similarity, SIMILARITIES),
+        ("scores", scores, SCORES),
     ):
         if value not in valid:
             raise ValueError(f"STA's {name} must be one of {', '.join(valid)}, got {value!r}.")
 
 
 def directions(order: str) -> list[str]:
-    """The walk through the frames at each of the three stages, "F" from the first on or "B" from the last."""
+    """The direction of the walk at each of the three stages: "F" from the first frame on, "B" from the last."""
     return order.split("-") if "-" in order else [order] * 3
+
+
+def dropped_tokens(r: int, schedule: str = "decreasing") -> list[int]:
+    """How many tokens of each group the three stages drop; r is the first stage's (Table 6d).
+
+    Raises ValueError for a bad r or schedule.
+    """
+    if not is_count(r, min=0):
+        raise ValueError(f"STA's r must be a whole number of tokens from 0, got {r!r}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"STA's schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+    return [int(r * factor) for factor in SCHEDULES[schedule]]
 
 
 def stage_blocks(num_layers: int) -> list[int]:
@@ -53,10 +72,10 @@ def semantic_importance(x: torch.Tensor) -> torch.Tensor:
 
 
 def first_frame_order(metric: torch.Tensor, first_frame: str, draw: torch.Tensor | None, cells=None) -> torch.Tensor:
-    """The tokens of the first frame, metric (B, N, d), from those to keep to those to drop first: numbers (B, N).
+    """The tokens of the first frame, metric (B, N, d), from those to keep to those to drop first: indices (B, N).
 
-    "tome": of those at even places the most similar to one at an odd place goes first. "random": by `draw` (B, N).
-    "grid": one drawn token of each cell of `cells` (B, N) goes before all others.
+    "tome": the even tokens most similar to an odd one are dropped first. "random": sorted by `draw` (B, N). "grid": one
+    token of each cell of `cells` (B, N), the one with the highest draw, is dropped before all others.
     """
     if first_frame == "tome":
         N = metric.shape[1]
@@ -81,24 +100,26 @@ def prune(
     first_frame: str = "tome",
     draw: torch.Tensor | None = None,
     cells: torch.Tensor | None = None,
+    scores: str = "both",
 ) -> torch.Tensor:
-    """Which N - r tokens of each group to keep: numbers (B, G, N - r) inside the group.
+    """Which N - r tokens of each group to keep: indices (B, G, N - r) into the group.
 
-    They come in ascending order of score, in the first group of the walk in that of `first_frame_order`, and with r = 0
-    in their own.
+    They are sorted by ascending score; the first group of the walk has the order of `first_frame_order`. With r = 0
+    every token stays where it is.
 
     Args:
         x: tokens (B, G, N, C), for their semantic importance.
         metric: features (B, G, N, d) to compare tokens by; normalised here.
-        r: tokens to drop of each group, below N.
+        r: tokens to drop from each group, below N.
         direction: "F" walks from the first group to the last, "B" from the last to the first.
         first_frame, draw (B, N), cells (B, N): see `first_frame_order`.
+        scores: "both" (Eq. 5), "semantic" (1 - F alone) or "temporal" (A alone).
 
     Raises ValueError where r leaves nothing.
     """
     G, N = x.shape[1:3]
     if not 0 <= r < N:
-        raise ValueError(f"STA cannot drop {r} of {N} tokens of a frame; at least one has to be kept: lower r.")
+        raise ValueError(f"STA's r must be at least 0 and leave a token, got {r} for {N} tokens in a frame; lower r.")
     if r == 0:
         return torch.arange(N, device=x.device).expand(x.shape[0], G, N)
     metric = nn.functional.normalize(metric, dim=-1)
@@ -109,23 +130,46 @@ def prune(
     earlier, A = metric[:, walk[0]], None
     for t in walk[1:]:
         P = (metric[:, t] @ earlier.transpose(1, 2)).softmax(dim=1)  # (B, N, earlier), each column sums to one
-        A = P.sum(dim=-1) if A is None else (P @ A[..., None])[..., 0]
-        kept[t] = (A * unimportant[:, t]).argsort(dim=-1, stable=True)[:, : N - r]
+        A = P.sum(dim=-1) if A is None else (P @ A[..., None])[..., 0]  # Eq. 3
+        score = {"both": A * unimportant[:, t], "semantic": unimportant[:, t], "temporal": A}[scores]
+        kept[t] = score.argsort(dim=-1, stable=True)[:, : N - r]
         A = A.gather(1, kept[t])
         A = A / A.sum(dim=-1, keepdim=True)
         earlier = metric[:, t].gather(1, kept[t][..., None].expand(-1, -1, metric.shape[-1]))
     return torch.stack(kept, dim=1)
 
 
-def draw_for(places: torch.Tensor, training: bool) -> torch.Tensor:
-    """A number in [0, 1) for each token: drawn in training, and in evaluation, which shall repeat, of its place."""
+def scramble(n: torch.Tensor) -> torch.Tensor:
+    """Whole numbers to pseudo-random ones below PRIME, one to one modulo PRIME.
+
+    n -> n^5 permutes the numbers modulo 2^31 - 1. Products stay below 2^63, so every device computes the same.
+    """
+    for constant in (1013904223, 374761393, 668265263):
+        n = (n + constant) % PRIME
+        square = n * n % PRIME
+        n = square * square % PRIME * n % PRIME
+    return n
+
+
+def draw_for(x: torch.Tensor, places: torch.Tensor, training: bool) -> torch.Tensor:
+    """A random number in [0, 1) for each token of the first frame x (B, N, C), which stand at `places` (B, N): (B, N).
+
+    In training from torch's generator. In evaluation, which has to repeat whatever the batch, the clip itself is the
+    seed: a few of its mean features, rounded so coarsely that the rounding of another batch size does not show.
+    """
     if training:
         return torch.rand(places.shape, device=places.device)
-    return (places * 2654435761 % 2**32) / 2**32  # in whole numbers: the same on every device
+    means = x.float().mean(dim=1)
+    means = means[:, :: max(means.shape[1] // 4, 1)][:, :4]
+    levels = (means / x.float().abs().mean(dim=(1, 2))[:, None].clamp_min(1e-6) * 64).round().long()
+    seed = places.new_zeros(len(x))
+    for level in levels.unbind(dim=1):
+        seed = scramble(seed + level)
+    return scramble(seed[:, None] + scramble(places)) / PRIME
 
 
 def cells_for(places: torch.Tensor, grid: tuple[int, int], r: int) -> torch.Tensor:
-    """Of a raster of floor(sqrt(r)) cells a side over the grid, the cell in which each token's place lies."""
+    """The cell in which each place (B, N) lies, in a raster of floor(sqrt(r)) x floor(sqrt(r)) cells over the grid."""
     side = int(r**0.5)
     rows, columns = grid
     cell_row = places // columns * side // rows
@@ -134,15 +178,19 @@ def cells_for(places: torch.Tensor, grid: tuple[int, int], r: int) -> torch.Tens
 
 
 class STA(Compression):
-    """STA on CLIP, as the paper has it: r, r/2 and r/4 patches of each frame go after blocks 1, 1 + L/3 and 1 + 2L/3.
+    """STA on CLIP: three stages, after blocks 1, 1 + L/3 and 1 + 2L/3, drop patches of every frame.
 
     Class tokens are neither scored nor dropped.
 
     Args:
-        r: how many at the first stage; default: a quarter of the patches, as a multiple of 4 (48 of 196).
-        order: the walks through the frames at the three stages.
-        first_frame: how the first frame of a walk, which has no earlier one, is pruned.
-        similarity: what of the attention is compared.
+        r: tokens of each frame that the first stage drops; default: a quarter of the patches, as a multiple of 4 (48
+            of 196).
+        schedule: the paper's "decreasing" r, r/2, r/4, "constant" r, r, r or "increasing" r, 2r, 4r.
+        order: the direction of the walk at each stage.
+        first_frame: how to prune the first frame of a walk: "tome", "random", or "grid", which drops a random token of
+            every cell.
+        similarity: the features compared: the attention's "key", "query" or "value" or the output of the MLP, "ffn".
+        scores: "both" (Eq. 5), "semantic" (1 - F) or "temporal" (A).
     """
 
     uses_layers = False
@@ -154,18 +202,18 @@ class STA(Compression):
         layers: list[int],
         *,
         r: int | None = None,
+        schedule: str = "decreasing",
         order: str = "F-B-F",
         first_frame: str = "tome",
         similarity: str = "key",
+        scores: str = "both",
     ):
         super().__init__(tower, layers)
-        r = self._default_r(tower) if r is None else r
-        self.stages = list(
-            zip(stage_blocks(tower.num_hidden_layers), (r, r // 2, r // 4), directions(order), strict=True)
-        )
-        self.first_frame = first_frame
+        dropped = dropped_tokens(self._default_r(tower) if r is None else r, schedule)
+        self.stages = list(zip(stage_blocks(tower.num_hidden_layers), dropped, directions(order), strict=True))
+        self.first_frame, self.scores = first_frame, scores
         self.features = similarity
-        self.heads = tower.num_attention_heads
+        self.heads = 1 if similarity == "ffn" else tower.num_attention_heads
 
     @staticmethod
     def _default_r(tower: Tower) -> int:
@@ -173,17 +221,14 @@ class STA(Compression):
 
     @classmethod
     def check_options(cls, tower: Tower, **options) -> None:
-        r = options.pop("r", None)
+        r, schedule = options.pop("r", None), options.pop("schedule", "decreasing")
         check_choices(**options)
         stage_blocks(tower.num_hidden_layers)
-        if r is None:
-            return
-        if not is_count(r, min=0):
-            raise ValueError(f"STA's r must be a whole number of tokens from 0, got {r!r}.")
-        if r + r // 2 + r // 4 >= tower.num_patches:
+        dropped = dropped_tokens(cls._default_r(tower) if r is None else r, schedule)
+        if sum(dropped) >= tower.num_patches:
             raise ValueError(
-                f"STA with r {r} drops {r} + {r // 2} + {r // 4} patches of a frame, which has only "
-                f"{tower.num_patches}; lower r."
+                f"STA's r must leave a patch of each frame, got {r} with schedule {schedule!r}, which drops "
+                f"{' + '.join(map(str, dropped))} of {tower.num_patches}; lower r."
             )
 
     def after_block(self, i: int, x, keys, state: TokenState):
@@ -202,11 +247,12 @@ class STA(Compression):
             positions = torch.arange(L - c, device=x.device).expand(B, T, -1)
         draw = cells = None
         if self.first_frame != "tome":
-            first = positions[:, 0 if direction == "F" else -1]
-            draw, cells = draw_for(first, self.training), cells_for(first, state.grid, r)
-        kept = prune(patches, metric, r, direction, self.first_frame, draw, cells)  # (B, T, N - r)
+            t = 0 if direction == "F" else -1
+            draw = draw_for(patches[:, t], positions[:, t], self.training)
+            cells = cells_for(positions[:, t], state.grid, r)
+        kept = prune(patches, metric, r, direction, self.first_frame, draw, cells, self.scores)  # (B, T, N - r)
         x = torch.cat([x[:, :, :c], patches.gather(2, kept[..., None].expand(-1, -1, -1, D))], dim=2)
-        # Where each token of this frame is now, -1 where it was dropped; the class token, and what was, stay.
+        # The index of each token from now on, -1 where it was dropped; class tokens stay.
         now = torch.arange(L - r, device=x.device).expand(B, T, -1)
         moved = torch.full((B, T, L), -1, device=x.device).scatter(2, kept + c, now[:, :, c:])
         moved[:, :, :c] = now[:, :, :c]

@@ -143,7 +143,7 @@ class Compression(_Method):
 
     uses_layers = True  # whether it stands after the blocks named in `compression_layers`
     keeps_grid = True  # whether a token stays at its place, the same in every frame
-    features: str | None = None  # what it reads of the attention: "query", "key" or "value"
+    features: str | None = None  # what it reads of a block: "query", "key", "value" or, after the block, "ffn"
 
     def __init__(self, tower: Tower, layers: list[int], **options):
         super().__init__(tower, **options)

@@ -208,13 +208,15 @@ class InTIClipEncoderLayer(CLIPEncoderLayer):
             h,
             key_bias=compression.key_bias(state),
             key_value=partial(adaptation.key_value, i, state=state),
-            feature=compression.features,
+            feature=None if compression.features == "ffn" else compression.features,
             **kwargs,
         )
         x = x + drop_path(adaptation.branch_out(i, h), rate, self.training)
         x, state = compression.inside_block(i, x, feature, state)
         x = adaptation.before_mlp(i, x, state)
         h = adaptation.mlp(i, self.layer_norm2(x), self.mlp)
+        if compression.features == "ffn":
+            feature = h
         return x + drop_path(h, rate, self.training), feature, state
 
     def _normed_attention(self, h: torch.Tensor, inner: Callable | None = None) -> torch.Tensor:

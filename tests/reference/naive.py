@@ -59,17 +59,22 @@ def attention(tokens, params, name, heads):
     return out
 
 
-def block(tokens, params, i, heads, eps):
-    """Transformer block i, counted from 0: list of L tokens (D,) -> list of L."""
+def block_branches(tokens, params, i, heads, eps):
+    """Block i, counted from 0, on a list of L tokens (D,): the tokens after its attention, and what its MLP adds."""
     name = f"encoder.layers.{i}"
     normed = [_norm(v, params, f"{name}.layer_norm1", eps) for v in tokens]
     attended = attention(normed, params, f"{name}.self_attn", heads)
     tokens = [v + a for v, a in zip(tokens, attended, strict=True)]
-    out = []
+    added = []
     for v in tokens:
         h = quick_gelu(_linear(_norm(v, params, f"{name}.layer_norm2", eps), params, f"{name}.mlp.fc1"))
-        out.append(v + _linear(h, params, f"{name}.mlp.fc2"))
-    return out
+        added.append(_linear(h, params, f"{name}.mlp.fc2"))
+    return tokens, added
+
+
+def block(tokens, params, i, heads, eps):
+    """Transformer block i, counted from 0: list of L tokens (D,) -> list of L."""
+    return [v + a for v, a in zip(*block_branches(tokens, params, i, heads, eps), strict=True)]
 
 
 def clip_frame(image, params, *, heads, eps=1e-5):

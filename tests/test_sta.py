@@ -1,0 +1,162 @@
+"""STA's first frame: random places that are random, cells of a grid that are spatial; Eq. 6 and 7."""
+
+import pytest
+import torch
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+from hf_inti.hosts.videomae import _Prune, apply_sta
+from hf_inti.model.compression_sta import PRIME, STA, cells_for, draw_for, dropped_tokens, prune, scramble
+from hf_inti.model.methods import TokenState
+
+
+def order_of_draws(x: torch.Tensor, N: int) -> torch.Tensor:
+    return draw_for(x, torch.arange(N).expand(len(x), N), training=False).argsort(dim=-1)
+
+
+def test_scramble_is_one_to_one():
+    assert scramble(torch.arange(100_000)).unique().numel() == 100_000
+    edge = scramble(torch.tensor([0, 1, PRIME - 1, PRIME - 2]))
+    assert edge.min() >= 0 and edge.max() < PRIME and edge.unique().numel() == 4
+
+
+def test_draws_of_a_clip_have_no_lattice():
+    # A multiplicative hash leaves three gaps between the places that it ranks first; random places leave many.
+    for order in order_of_draws(torch.randn(20, 196, 32), 196):
+        gaps = order[:48].sort().values.diff()
+        assert gaps.unique().numel() >= 6
+
+
+def test_draws_are_uniform_and_of_each_clip_its_own():
+    x = torch.randn(400, 49, 32)
+    order = order_of_draws(x, 49)
+    first = torch.bincount(order[:, :12].flatten(), minlength=49) / 400  # how often each place is among the first 12
+    assert (first - 12 / 49).abs().max() < 5 * (12 / 49 * 37 / 49 / 400) ** 0.5
+    common = torch.stack([torch.isin(a[:12], b[:12]).sum() for a, b in zip(order[::2], order[1::2], strict=True)])
+    assert abs(common.float().mean() - 12 * 12 / 49) < 0.5  # as many as two random choices share
+
+
+def test_draws_repeat_in_evaluation_whatever_the_batch():
+    x = torch.randn(3, 49, 32)
+    places = torch.arange(49).expand(3, 49)
+    draws = draw_for(x, places, training=False)
+    assert torch.equal(draw_for(x[1:2], places[:1], training=False)[0], draws[1])
+    assert torch.equal(draw_for(x * (1 + 1e-7), places, training=False), draws)  # another batch rounds otherwise
+    assert draws.min() >= 0 and draws.max() < 1
+    torch.manual_seed(0)
+    train = draw_for(x, places, training=True)
+    assert not torch.equal(train, draws) and not torch.equal(train, draw_for(x, places, training=True))
+
+
+def test_random_first_frame_drops_the_highest_draws():
+    x, draw = torch.randn(2, 3, 16, 8), torch.rand(2, 16)
+    for direction, t in (("F", 0), ("B", 2)):
+        kept = prune(x, x, 5, direction, "random", draw)
+        assert torch.equal(kept[:, t], draw.argsort(dim=-1)[:, :11])
+
+
+def test_grid_drops_a_random_token_of_every_cell():
+    draw = torch.rand(2, 36)
+    cells = cells_for(torch.arange(36).expand(2, 36), (6, 6), 4)  # 2 x 2 cells of 3 x 3 places
+    assert cells[0].tolist() == [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3 + (
+        [2] * 3 + [3] * 3 + [2] * 3 + [3] * 3 + [2] * 3 + [3] * 3
+    )
+    x = torch.randn(2, 2, 36, 8)
+    kept = prune(x, x, 4, "F", "grid", draw, cells)[:, 0]
+    for b in range(2):
+        dropped = [n for n in range(36) if n not in kept[b].tolist()]
+        assert sorted(cells[b, dropped].tolist()) == [0, 1, 2, 3]
+        for n in dropped:
+            assert draw[b, n] == draw[b, cells[b] == cells[b, n]].max()
+
+
+def test_cells_of_a_grid_that_is_not_square():
+    places = torch.arange(24).expand(1, 24)
+    assert cells_for(places, (4, 6), 5).unflatten(1, (4, 6))[0].tolist() == [
+        [0, 0, 0, 1, 1, 1],
+        [0, 0, 0, 1, 1, 1],
+        [2, 2, 2, 3, 3, 3],
+        [2, 2, 2, 3, 3, 3],
+    ]
+
+
+@pytest.mark.parametrize("direction", ["F", "B"])
+@pytest.mark.parametrize("first_frame", ["random", "grid"])
+def test_first_frame_on_clip_goes_by_places(direction, first_frame, tiny_config):
+    """After a first pruning the tokens are out of order: cells and draws are those of their places."""
+    tower = tiny_config(hidden_size=24).tower
+    sta = STA(tower, [], r=5, order=direction, first_frame=first_frame).eval()
+    x = torch.randn(2, 3, 17, 24)
+    positions = torch.stack([torch.randperm(16) for _ in range(6)]).view(2, 3, 16)
+    state = TokenState(num_class_tokens=1, grid=(4, 4), positions=positions)
+    out, new = sta.after_block(1, x, x, state)
+    t = 0 if direction == "F" else 2
+    for b in range(2):
+        lost = sorted(set(range(16)) - set(new.positions[b, t].tolist()))
+        draws = draw_for(x[b : b + 1, t, 1:], positions[b : b + 1, t], training=False)[0]
+        by_place = dict(zip(positions[b, t].tolist(), draws.tolist(), strict=True))
+        if first_frame == "random":
+            assert lost == sorted(sorted(by_place, key=by_place.get)[-5:])
+        else:  # 2 x 2 cells: four of the five are the highest of their cell
+            best = {(p // 4 // 2, p % 4 // 2): p for p in sorted(by_place, key=by_place.get)}
+            assert set(best.values()) <= set(lost)
+        for k, place in enumerate(new.positions[b, t].tolist()):  # the token at each place is the one that was there
+            assert torch.equal(out[b, t, 1 + k], x[b, t, 1 + positions[b, t].tolist().index(place)])
+
+
+def videomae(**options):
+    torch.manual_seed(0)
+    config = VideoMAEConfig(
+        image_size=24, patch_size=4, num_frames=8, hidden_size=24, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=36, num_labels=5, initializer_range=0.3, **options,
+    )  # fmt: skip
+    return VideoMAEForVideoClassification(config).eval()
+
+
+@pytest.mark.parametrize("schedule", ["decreasing", "released"])
+@pytest.mark.parametrize("first_frame", ["random", "grid"])
+def test_videomae_carries_the_places(schedule, first_frame, monkeypatch):
+    """At every stage the tokens that a hook takes for those of a place are those that stood there."""
+    seen = []
+    called = _Prune.__call__
+
+    def watch(self, module, args, output):
+        marks = self._places_before(output)
+        seen.append((marks, output[..., 0].round()))
+        return called(self, module, args, output)
+
+    monkeypatch.setattr(_Prune, "__call__", watch)
+    model = apply_sta(videomae(), r=8, schedule=schedule, first_frame=first_frame)
+    layers = model.videomae.encoder.layer
+    for layer in layers:  # blocks that leave channel 0 as it is, in which each token carries its place
+        with torch.no_grad():
+            layer.output.dense.weight[0] = layer.attention.output.dense.weight[0] = 0
+            layer.output.dense.bias[0] = layer.attention.output.dense.bias[0] = 0
+
+    def mark(module, args, output):
+        return torch.cat([(torch.arange(144.0) % 36).expand(2, 144)[..., None], output[..., 1:]], dim=-1)
+
+    model.videomae.embeddings.register_forward_hook(mark)
+    with torch.no_grad():
+        model(torch.randn(2, 8, 3, 24, 24))
+    assert len(seen) == 3
+    for places, marks in seen:
+        assert torch.equal(places.float(), marks)
+
+
+def test_videomae_first_frame_under_checkpointing():
+    x, labels, grads = torch.randn(2, 8, 3, 24, 24), torch.tensor([0, 1]), []
+    for checkpointing in (False, True):
+        model = apply_sta(videomae(), r=8, first_frame="grid").train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(1)
+        model(x, labels=labels).loss.backward()
+        grads.append(model.videomae.encoder.layer[0].output.dense.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_schedules_are_table_6d():
+    assert dropped_tokens(64) == [64, 32, 16]
+    assert dropped_tokens(48, "constant") == [48, 48, 48]
+    assert dropped_tokens(27, "increasing") == [27, 54, 108]
+    assert dropped_tokens(5) == [5, 2, 1]
