@@ -22,6 +22,8 @@ CASES = [
     {"context": ("cube", "frame")},
     {"context": ("frame", "global")},
     {"context": ("frame",), "fusion": "concat"},
+    {"share_projection": True},
+    {"share_projection": True, "context": ("cube",), "head": "sigmoid"},
 ]
 
 
@@ -62,6 +64,9 @@ def build(num_frames: int, options: dict, seed: int = 0) -> tuple[InTI, dict]:
             attention_vector = options.get("head") == "attention" and name == "logits.weight"
             value = params["ffn.v" if attention_vector else name_of(name)]
             parameter.copy_(value.reshape(parameter.shape))
+    if options.get("share_projection"):  # one T, of the first frame, for both
+        for name in [name for name in params if ".second." in name]:
+            params[name] = params[name.replace(".second.", ".first.")]
     return module, params
 
 
@@ -76,6 +81,7 @@ def test_equals_the_slow_reference(options, frames):
     module, params = build(frames, options)
     x = tokens(2, frames)
     z, weights = module(x, GRID)
+    options = {name: value for name, value in options.items() if name != "share_projection"}
     expected_z, expected_weights = reference.inti(x, params, grid=GRID, **options)
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-10)
     torch.testing.assert_close(z, expected_z, rtol=0, atol=1e-10)
@@ -116,6 +122,16 @@ def test_gradients_reach_every_parameter(options):
     module(tokens(2, 4), GRID)[0].square().sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_a_shared_projection_is_half_of_the_parameters():
+    def count(**options) -> int:
+        return sum(p.numel() for p in InTI(WIDTH, 4, **options).parameters())
+
+    projection = 2 * WIDTH + WIDTH * WIDTH // 2 + WIDTH // 2
+    assert count() - count(share_projection=True) == 2 * projection  # F_token's and F_frame's
+    only_tokens = {"context": ()}
+    assert count(**only_tokens) - count(**only_tokens, share_projection=True) == projection
 
 
 def test_clips_do_not_see_each_other():

@@ -58,6 +58,25 @@ def test_pooling(kind, layers, tower):
     compare(model, x, *pooling.pooling_model(x, params, heads=HEADS, kind=kind, layers=layers))
 
 
+@pytest.mark.parametrize("kernel_size", [[2, 1, 1], [3, 3, 1], [2, 3, 5]], ids=str)
+def test_conv_pooling_kernels(kernel_size, tower):
+    model, params = tower(
+        compression="conv_pooling", compression_layers=[1, 3], compression_options={"kernel_size": kernel_size}
+    )
+    assert params["compression.stages.0.conv.weight"].shape[2:] == tuple(kernel_size)
+    x = clips()
+    compare(model, x, *pooling.pooling_model(x, params, heads=HEADS, kind="conv_pooling", layers=[1, 3]))
+
+
+@pytest.mark.parametrize("kernel_size", [[3, 1, 1], [2, 1, 1], [3, 3, 3]], ids=str)
+def test_conv_pooling_starts_as_the_mean(kernel_size, tiny_config):
+    options = {"compression": "conv_pooling", "compression_options": {"kernel_size": kernel_size}}
+    model = InTIClipVisionModel(tiny_config(**options))
+    x = torch.randn(2, 4, 17, 48)
+    out, _ = model.compression.stages[0](x, TokenState(num_class_tokens=1, grid=(4, 4)))
+    assert_close(out, (x[:, 0::2] + x[:, 1::2]) / 2)
+
+
 @pytest.mark.parametrize(
     "given, r", [(3, 3), ([0, 5, 1], [0, 5, 1]), ([2, -1], (2, -1)), ([3, 0.5], (3, 0.5)), (99, 99), (0, 0)]
 )

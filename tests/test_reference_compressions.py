@@ -95,10 +95,16 @@ def test_linear_pooling_by_hand():
 
 
 @pytest.mark.parametrize("T", [2, 6])
-def test_conv_pooling_matches_torch(T):
-    x, weight, bias = normal(T, 5, 4), normal(4, 4, 3, 1, 1, seed=1), normal(4, seed=2)
-    wanted = F.conv3d(x.permute(2, 0, 1)[None, ..., None], weight, bias, stride=(2, 1, 1), padding=(1, 0, 0))
-    same(pooling.conv_pooling(x, weight, bias), wanted[0, ..., 0].permute(1, 2, 0))
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (2, 1, 1), (2, 3, 3), (3, 1, 5)])
+def test_conv_pooling_matches_torch(T, kernel):
+    x, weight, bias = normal(T, 1 + 6, 4), normal(4, 4, *kernel, seed=1), normal(4, seed=2)
+    got = pooling.conv_pooling(x, weight, bias, (2, 3))
+    padding = (kernel[0] - 2, kernel[1] // 2, kernel[2] // 2)
+    grid = x[:, 1:].reshape(T, 2, 3, 4).permute(3, 0, 1, 2)[None]
+    wanted = F.conv3d(grid, weight, bias, stride=(2, 1, 1), padding=padding)
+    same(got[:, 1:], wanted[0].permute(1, 2, 3, 0).flatten(1, 2))
+    cls = F.conv3d(x[:, 0].T[None, :, :, None, None], weight, bias, stride=(2, 1, 1), padding=padding)
+    same(got[:, 0], cls[0, ..., 0, 0].T)
 
 
 def test_pooling_tower():
@@ -538,6 +544,11 @@ def test_stts_perturbed_by_hand():
     same(indicators, vector(0.5, 0.5, 0, 0, 0.5, 0.5).reshape(2, 3))
     gradient = stts.perturbed_top_k_gradient(vector(1, 2, 3, 4, 5, 6).reshape(2, 3), scores, 2, noise, 0.1)
     same(gradient, vector(1 * 5, 5 * 1, 6 * 0) / 0.1 / 2)
+    gradient = stts.perturbed_top_k_gradient(
+        vector(1, 2, 3, 4, 5, 6).reshape(2, 3), scores, 2, noise, 0.1, form="paper"
+    )
+    # The first draw sets indicators 0, 1 and 1, 2 (noise 0), the second 0, 0 and 1, 1 (noise 5, 1, -20).
+    same(gradient, (1 + 5) * vector(5, 1, -20) / 0.1 / 2)
 
 
 def test_stts_temporal_vector(load):

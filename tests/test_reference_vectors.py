@@ -303,7 +303,7 @@ def stts_perturbed(v: Vector) -> None:
 
 def stts_temporal(v: Vector) -> None:
     o = v.options
-    selection = stts.TemporalSelection(o["C"], "released", o["sigma"], o["n"]).double().eval()
+    selection = stts.TemporalSelection(o["C"], "released", stts.PerturbedTopK(o["sigma"], o["n"])).double().eval()
     selection.scorer.load_state_dict(scorer_weights(v.params))
     x = v.inputs["x"].unflatten(1, (o["T"], o["N"]))
     v.check("scores", selection.scores(x))
@@ -318,7 +318,9 @@ def stts_spatial(v: Vector) -> None:
     assert side == o["anchor_size"]
     default = max((o["H"] - side) // 2, 1)
     stride = None if o["stride"] == default else o["stride"]
-    selection = stts.SpatialSelection(o["C"], "released", o["sigma"], o["n"], stride).double().eval()
+    selection = (
+        stts.SpatialSelection(o["C"], "released", stts.PerturbedTopK(o["sigma"], o["n"]), stride).double().eval()
+    )
     selection.scorer.load_state_dict(scorer_weights(v.params))
     x = v.inputs["x"].unflatten(1, (o["T"], -1))
     token_scores = selection.token_scores(x)

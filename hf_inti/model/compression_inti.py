@@ -1,8 +1,9 @@
 """InTI: inter-frame token interpolation.
 
 Zhang et al., "Dynamic and Compressive Adaptation of Transformers From Images to Videos" (arXiv 2408.06840), Sec. 3.2,
-3.3 and appendix B. Between two blocks each pair of neighbouring frames becomes one frame: token by token a weighted
-sum, with weights alpha and beta predicted from four contexts. The paper's C is the width, j counts pairs, k tokens.
+3.3 and appendix B. Between two blocks, each pair of neighbouring frames is merged into one frame: every token is a
+weighted sum of the two at its place, with weights alpha and beta predicted from features at four scales. Letters as in
+the paper: C is the width, j counts pairs of frames, k tokens.
 """
 
 import torch
@@ -89,15 +90,18 @@ class LocalMHRA(Optimizable):
         self.unit2 = LocalUnit(width, eps)
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
+        if self.fast and not has_hooks(self.unit2):
+            return self._fast_forward(p)
         u1 = self.unit1(p)
-        if self.fast and not has_hooks(
-            self.unit2
-        ):  # its last layer is linear: it may as well come behind the mean, on half of the frames
-            unit2 = self.unit2
-            conv = depthwise_conv3d(unit2.reduce(unit2.norm(p + u1)), unit2.conv)
-            return u1[:, 0::2].lerp(u1[:, 1::2], 0.5) + unit2.expand(conv[:, 0::2].lerp(conv[:, 1::2], 0.5))
-        u = u1 + self.unit2(p + u1)  # p2 - p
+        u2 = self.unit2(p + u1)
+        u = u1 + u2  # the patches after both residual units, less p
         return (u[:, 0::2] + u[:, 1::2]) / 2
+
+    def _fast_forward(self, p: torch.Tensor) -> torch.Tensor:
+        """The last layer is linear and may as well follow the mean: it then sees half of the frames."""
+        u1, unit2 = self.unit1(p), self.unit2
+        conv = depthwise_conv3d(unit2.reduce(unit2.norm(p + u1)), unit2.conv)
+        return u1[:, 0::2].lerp(u1[:, 1::2], 0.5) + unit2.expand(conv[:, 0::2].lerp(conv[:, 1::2], 0.5))
 
 
 class DepthwiseConv(NewConv3d):
@@ -113,14 +117,15 @@ class DepthwiseConv(NewConv3d):
 class FrameContext(nn.Module):
     """F_frame of each pair (Eq. 11): class tokens (B, T, C) -> (B, T/2, C)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, share_projection: bool):
         super().__init__()
         self.first = Projection(width, width // 2, eps)
-        self.second = Projection(width, width // 2, eps)
+        self.second = None if share_projection else Projection(width, width // 2, eps)
         self.both = Projection(width, width, eps)
 
     def forward(self, cls: torch.Tensor) -> torch.Tensor:
-        return self.both(torch.cat([self.first(cls[:, 0::2]), self.second(cls[:, 1::2])], dim=-1))
+        second = self.first if self.second is None else self.second
+        return self.both(torch.cat([self.first(cls[:, 0::2]), second(cls[:, 1::2])], dim=-1))
 
 
 class GlobalContext(nn.Module):
@@ -149,8 +154,10 @@ class InTI(FrameInterpolation, Optimizable):
         context: which of "cube", "frame" and "global" join the token level; one left out is zeros.
         fusion: "separate" [F_token, sum of the contexts] (Eq. 13), "add" the sum of all, "concat" all side by side.
         head: "softmax" over the two logits (Eq. 13), "sigmoid" of each, so that alpha + beta is not 1, or "attention",
-            a learned vector times each frame's half of the hidden features, then softmax.
+            the dot product of a learned vector with each frame's half of the hidden features, then softmax.
         cube: "local_mhra" or "dwconv" (Eq. 10 to the letter).
+        share_projection: one T for both frames of a pair, as Eq. 9 and 11 print it; by default each has its own, which
+            the published parameter counts fit.
     """
 
     def __init__(
@@ -162,89 +169,109 @@ class InTI(FrameInterpolation, Optimizable):
         fusion: str = "separate",
         head: str = "softmax",
         cube: str = "local_mhra",
+        share_projection: bool = False,
         eps: float = 1e-5,
     ):
         super().__init__()
         self.fusion, self.head = fusion, head
         self.position = TemporalPosition(num_frames, width)
         self.first = Projection(width, width // 2, eps)
-        self.second = Projection(width, width // 2, eps)
+        self.second = None if share_projection else Projection(width, width // 2, eps)
         self.cube_context = self.frame_context = self.global_context = None
         if "cube" in context:
             self.cube_context = LocalMHRA(width, eps) if cube == "local_mhra" else DepthwiseConv(width)
         if "frame" in context:
-            self.frame_context = FrameContext(width, eps)
+            self.frame_context = FrameContext(width, eps, share_projection)
         if "global" in context:
             self.global_context = GlobalContext(width)
         self.hidden = NewLinear({"separate": 2, "add": 1, "concat": 4}[fusion] * width, width)
         # From zero: training starts from the plain average of the pair.
         self.logits = ZeroLinear(width // 2, 1, bias=False) if head == "attention" else ZeroLinear(width, 2)
 
-    def check_optimizable(self) -> None:
-        check_linear("hidden", self.hidden)
-
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens x (B, T, 1+N, C), T even, N = rows * columns of `grid` -> z (B, T/2, 1+N, C), (B, T/2, 1+N, 2)."""
-        x = self.position(x)
-        first, second = x[:, 0::2], x[:, 1::2]
+        x = self.position(x)  # Eq. 8
         if self.fast and is_plain(self.hidden):
-            weights = self._head(self._hidden_by_parts(x, grid))
-            if self.head != "softmax":
-                return weights[..., :1] * first + weights[..., 1:] * second, weights
-            return torch.lerp(first, second, weights[..., 1:].to(x.dtype)), weights  # alpha + beta = 1
-        f_token = torch.cat([self.first(first), self.second(second)], dim=-1)  # (B, T/2, 1+N, C)
-        f_cube = f_frame = f_global = f_token.new_zeros(1).expand_as(f_token)
-        cls = x[:, :, 0]
-        if self.cube_context is not None:
-            patches = self.cube_context(x[:, :, 1:].unflatten(2, grid)).flatten(2, 3)
-            f_cube = nn.functional.pad(patches, (0, 0, 1, 0))  # the class token has no place on the grid
-        if self.frame_context is not None:
-            f_frame = self.frame_context(cls)[:, :, None].expand_as(f_token)
-        if self.global_context is not None:
-            f_global = self.global_context(cls)[:, None, None].expand_as(f_token)
-        weights = self._weights(f_token, f_cube, f_frame, f_global)
+            return self._fast_forward(x, grid)
+        first, second = x[:, 0::2], x[:, 1::2]  # the frames 2j and 2j+1
+        f_token = torch.cat([self.first(first), self._project_second(second)], dim=-1)  # Eq. 9
+        f_cube = self._cube(x, grid)  # Eq. 10
+        f_frame = self._frame(x)  # Eq. 11
+        f_global = self._global(x)  # Eq. 12
+        weights = self._weights(f_token, f_cube, f_frame, f_global)  # Eq. 13
         alpha, beta = weights[..., :1], weights[..., 1:]
         return alpha * first + beta * second, weights  # Eq. 7
 
+    def _project_second(self, second: torch.Tensor) -> torch.Tensor:
+        return self.first(second) if self.second is None else self.second(second)
+
+    def _cube(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """F_cube (B, T/2, 1+N, C); the class token has no place on the grid, so its F_cube is zero."""
+        if self.cube_context is None:
+            return x.new_zeros(1)
+        patches = self.cube_context(x[:, :, 1:].unflatten(2, grid)).flatten(2, 3)
+        return nn.functional.pad(patches, (0, 0, 1, 0))
+
+    def _frame(self, x: torch.Tensor) -> torch.Tensor:
+        """F_frame (B, T/2, 1, C), the same for all tokens of a frame."""
+        return x.new_zeros(1) if self.frame_context is None else self.frame_context(x[:, :, 0])[:, :, None]
+
+    def _global(self, x: torch.Tensor) -> torch.Tensor:
+        """F_global (B, 1, 1, C), the same for all tokens of a clip."""
+        return x.new_zeros(1) if self.global_context is None else self.global_context(x[:, :, 0])[:, None, None]
+
     def _weights(self, f_token, f_cube, f_frame, f_global) -> torch.Tensor:
-        """Eq. 13 and Table 5b."""
-        if self.fusion == "concat":
-            features = torch.cat([f_token, f_cube, f_frame, f_global], dim=-1)
+        """alpha and beta (B, T/2, 1+N, 2) from the four features (Eq. 13; fusions and heads of Table 5b)."""
+        f_context = f_cube + f_frame + f_global
+        if self.fusion == "separate":
+            features = [f_token, f_context]
+        elif self.fusion == "add":
+            features = [f_token + f_context]
         else:
-            f_context = f_cube + f_frame + f_global
-            features = f_token + f_context if self.fusion == "add" else torch.cat([f_token, f_context], dim=-1)
-        return self._head(self.hidden(features))
-
-    def _hidden_by_parts(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """What `hidden` makes of F_token and the contexts: of a concatenation it is a sum, each with its own weights.
-
-        Contexts that are the same for all tokens of a frame are multiplied once.
-        """
-        linear = nn.functional.linear
-        C = x.shape[-1]
-        at = {"separate": (C, C, C), "add": (0, 0, 0), "concat": (C, 2 * C, 3 * C)}[self.fusion]
-        for_cube, for_frame, for_global = (self.hidden.weight[:, start : start + C] for start in at)
-        for_first, for_second = self.hidden.weight[:, : C // 2], self.hidden.weight[:, C // 2 : C]
-        hidden = linear(self.first(x[:, 0::2]), for_first, self.hidden.bias)  # (B, T/2, 1+N, C)
-        hidden += linear(self.second(x[:, 1::2]), for_second)
-        cls = x[:, :, 0]
-        if self.cube_context is not None:
-            f_cube = self.cube_context(x[:, :, 1:].unflatten(2, grid)).flatten(2, 3)
-            hidden[:, :, 1:] += linear(f_cube, for_cube)
-        if self.frame_context is not None:
-            hidden += linear(self.frame_context(cls), for_frame)[:, :, None]
-        if self.global_context is not None:
-            hidden += linear(self.global_context(cls), for_global)[:, None, None]
-        return hidden
+            features = [f_token, f_cube, f_frame, f_global]
+        return self._head(self.hidden(torch.cat([f.expand_as(f_token) for f in features], dim=-1)))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Weights (B, T/2, 1+N, 2) from the hidden features (B, T/2, 1+N, C), before their GELU."""
+        """alpha and beta from the hidden features (B, T/2, 1+N, C), before their GELU."""
         hidden = nn.functional.gelu(hidden)
-        if self.head == "attention":  # the first half speaks for the first frame, the second for the second
+        if self.head == "attention":  # one half of the features for each frame
             logits = self.logits(hidden.unflatten(-1, (2, -1))).squeeze(-1)
         else:
             logits = self.logits(hidden)
         return logits.sigmoid() if self.head == "sigmoid" else logits.softmax(dim=-1)
+
+    # The same numbers, faster, for inference.
+
+    def check_optimizable(self) -> None:
+        check_linear("hidden", self.hidden)
+
+    def _fast_forward(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = x[:, 0::2], x[:, 1::2]
+        weights = self._head(self._hidden_by_parts(x, grid))
+        if self.head == "sigmoid":
+            return weights[..., :1] * first + weights[..., 1:] * second, weights
+        return torch.lerp(first, second, weights[..., 1:].to(x.dtype)), weights  # alpha + beta = 1
+
+    def _hidden_by_parts(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`hidden` of the concatenated features, as the sum of what each feature's columns of its weight give.
+
+        Features that are the same for all tokens of a frame are multiplied once.
+        """
+        linear = nn.functional.linear
+        C = x.shape[-1]
+        start = {"separate": (C, C, C), "add": (0, 0, 0), "concat": (C, 2 * C, 3 * C)}[self.fusion]
+        for_cube, for_frame, for_global = (self.hidden.weight[:, i : i + C] for i in start)
+        for_first, for_second = self.hidden.weight[:, : C // 2], self.hidden.weight[:, C // 2 : C]
+        hidden = linear(self.first(x[:, 0::2]), for_first, self.hidden.bias)  # (B, T/2, 1+N, C)
+        hidden += linear(self._project_second(x[:, 1::2]), for_second)
+        if self.cube_context is not None:
+            f_cube = self.cube_context(x[:, :, 1:].unflatten(2, grid)).flatten(2, 3)
+            hidden[:, :, 1:] += linear(f_cube, for_cube)
+        if self.frame_context is not None:
+            hidden += linear(self._frame(x), for_frame)
+        if self.global_context is not None:
+            hidden += linear(self._global(x), for_global)
+        return hidden
 
 
 class InTICompression(Compression):
@@ -262,6 +289,7 @@ class InTICompression(Compression):
         fusion: str = "separate",
         head: str = "softmax",
         cube: str = "local_mhra",
+        share_projection: bool = False,
     ):
         super().__init__(tower, layers)
         self.layers = list(layers)
@@ -273,6 +301,7 @@ class InTICompression(Compression):
                 fusion=fusion,
                 head=head,
                 cube=cube,
+                share_projection=share_projection,
                 eps=tower.layer_norm_eps,
             )
             for stage in range(len(layers))
@@ -288,6 +317,10 @@ class InTICompression(Compression):
             raise ValueError(
                 f"InTI option context must be a list of distinct names out of {', '.join(CONTEXTS)} "
                 f"(an empty list for the tokens alone), got {context!r}."
+            )
+        if not isinstance(options.get("share_projection", False), bool):
+            raise ValueError(
+                f"InTI option share_projection must be true or false, got {options['share_projection']!r}."
             )
         if tower.hidden_size % 2:
             raise ValueError(f"InTI needs an even hidden_size, got {tower.hidden_size}.")

@@ -13,6 +13,7 @@ from .methods import Compression, NewLinear, ResettableModule, TokenState, Tower
 
 
 SCORERS = ("paper", "released")
+GRADIENTS = ("paper", "released")
 CHUNK = 50  # draws of noise held in memory at a time
 
 
@@ -23,19 +24,26 @@ def min_max(scores: torch.Tensor) -> torch.Tensor:
 
 
 def perturbed_topk(
-    scores: torch.Tensor, k: int, sigma: torch.Tensor | float, num_samples: int = 500, noise: torch.Tensor | None = None
+    scores: torch.Tensor,
+    k: int,
+    sigma: torch.Tensor | float,
+    num_samples: int = 500,
+    noise: torch.Tensor | None = None,
+    gradient: str = "released",
 ) -> torch.Tensor:
     """Soft indicators (B, k, L) of the k largest of scores (B, L), in the order of the sequence (Eq. 7).
 
     The mean over `num_samples` draws of the hard indicators of scores + sigma * noise; `noise` (B, n, L) may be given.
-    Their gradient is the released code's: of Eq. 8's Jacobian only how an indicator's own position depends on the
-    score there, E[indicator * noise] / sigma. With sigma at zero the choice is hard and has no gradient.
+    `gradient` "paper" is Eq. 8, E[indicator noise^T] / sigma: how each indicator depends on every score. "released" is
+    what the authors' code computes, its diagonal: how an indicator's position depends on the score at that position.
+    With sigma at zero the choice is hard and has no gradient.
     """
     n = num_samples if noise is None else noise.shape[1]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # counts and noise are too coarse in bf16
     sigma = torch.as_tensor(sigma, dtype=scores.dtype, device=scores.device)
+    pairs = "bnkl,bnm->bklm" if gradient == "paper" else "bnkl,bnl->bkl"
     with torch.no_grad():
-        indicators = slopes = scores.new_zeros(scores.shape[0], k, scores.shape[1])
+        indicators = slopes = 0
         for start in range(0, n, CHUNK):
             size = min(CHUNK, n - start)
             if noise is None:
@@ -45,10 +53,11 @@ def perturbed_topk(
             best = (scores[:, None] + sigma * z).topk(k, dim=-1).indices.sort(dim=-1).values  # (B, size, k)
             hard = nn.functional.one_hot(best, scores.shape[1]).to(scores.dtype)  # (B, size, k, L)
             indicators = indicators + hard.sum(dim=1) / n
-            slopes = slopes + (hard * z[:, :, None]).sum(dim=1) / n
+            slopes = slopes + torch.einsum(pairs, hard, z) / n
         slopes = torch.where(sigma > 1e-20, slopes / sigma.clamp_min(1e-20), 0)
     # Adds zero, whose gradient is the slopes: the same as an autograd.Function, without one.
-    return indicators + slopes * (scores - scores.detach())[:, None]
+    zero = (scores - scores.detach())[:, None]
+    return indicators + (slopes @ zero[..., None]).squeeze(-1) if gradient == "paper" else indicators + slopes * zero
 
 
 def hard_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -59,9 +68,9 @@ def hard_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
 class PerturbedTopK(ResettableModule, nn.Module):
     """Holds sigma, which training takes down to zero; see `perturbed_topk`."""
 
-    def __init__(self, sigma: float, num_samples: int):
+    def __init__(self, sigma: float, num_samples: int, gradient: str = "released"):
         super().__init__()
-        self.start, self.num_samples = sigma, num_samples
+        self.start, self.num_samples, self.gradient = sigma, num_samples, gradient
         self.register_buffer("sigma", torch.tensor(float(sigma)), persistent=False)
 
     def reset_parameters(self) -> None:
@@ -71,7 +80,7 @@ class PerturbedTopK(ResettableModule, nn.Module):
         self.sigma.fill_(self.start * (1 - progress))
 
     def forward(self, scores: torch.Tensor, k: int, noise: torch.Tensor | None = None) -> torch.Tensor:
-        return perturbed_topk(scores, k, self.sigma, self.num_samples, noise)
+        return perturbed_topk(scores, k, self.sigma, self.num_samples, noise, self.gradient)
 
 
 class PaperScorer(nn.Module):
@@ -113,11 +122,11 @@ def _scorer(kind: str, width: int) -> nn.Module:
 class TemporalSelection(nn.Module):
     """Keeps k frames of x (B, T, L, C), whose first `num_class_tokens` have no part in the scores."""
 
-    def __init__(self, width: int, scorer: str, sigma: float, num_samples: int):
+    def __init__(self, width: int, scorer: str, topk: PerturbedTopK):
         super().__init__()
         self.kind = scorer
         self.scorer = _scorer(scorer, width if scorer == "paper" else 2 * width)
-        self.topk = PerturbedTopK(sigma, num_samples)
+        self.topk = topk
 
     def scores(self, x: torch.Tensor, num_class_tokens: int = 0) -> torch.Tensor:
         """(B, T), from the frames' mean patches, and as released their maxima too."""
@@ -138,11 +147,11 @@ class TemporalSelection(nn.Module):
 class SpatialSelection(nn.Module):
     """Keeps of each frame of x (B, T, N, C), patches alone, the square of `side` x `side` patches that scores best."""
 
-    def __init__(self, width: int, scorer: str, sigma: float, num_samples: int, stride: int | None = None):
+    def __init__(self, width: int, scorer: str, topk: PerturbedTopK, stride: int | None = None):
         super().__init__()
         self.stride = stride
         self.scorer = _scorer(scorer, width)
-        self.topk = PerturbedTopK(sigma, num_samples)
+        self.topk = topk
 
     def token_scores(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, N)."""
@@ -184,9 +193,10 @@ class STTS(Compression):
         scorer: "released", the deeper network of the authors' code, or "paper", the two linear layers of Eq. 2 and 3,
             between which the paper names no nonlinearity: then the sequence's mean shifts all scores alike, and the
             normalisation takes it out again.
-        sigma: of the noise, at the start of training; see `set_training_progress` of the model.
+        gradient: "paper", all of Eq. 8's Jacobian, or "released", its diagonal; see `perturbed_topk`.
+        sigma: standard deviation of the noise at the start of training; see the model's `set_training_progress`.
         num_samples: n, draws of noise.
-        stride: distance of neighbouring squares in patches; default as released: half of what a side gives up.
+        stride: patches between neighbouring squares; default, as released: half of the patches that a side loses.
 
     On CLIP the class token of a kept frame is kept and takes no part in the scores.
     """
@@ -201,6 +211,7 @@ class STTS(Compression):
         temporal: list[list] | None = None,
         spatial: list[list] | None = None,
         scorer: str = "released",
+        gradient: str = "released",
         sigma: float = 0.1,
         num_samples: int = 500,
         stride: int | None = None,
@@ -208,8 +219,12 @@ class STTS(Compression):
         super().__init__(tower, layers)
         self.plan = self._plan(tower, temporal, spatial)
         C = tower.hidden_size
-        self.temporal = nn.ModuleList(TemporalSelection(C, scorer, sigma, num_samples) for _ in self.plan[0])
-        self.spatial = nn.ModuleList(SpatialSelection(C, scorer, sigma, num_samples, stride) for _ in self.plan[1])
+
+        def topk() -> PerturbedTopK:
+            return PerturbedTopK(sigma, num_samples, gradient)
+
+        self.temporal = nn.ModuleList(TemporalSelection(C, scorer, topk()) for _ in self.plan[0])
+        self.spatial = nn.ModuleList(SpatialSelection(C, scorer, topk(), stride) for _ in self.plan[1])
 
     @staticmethod
     def _plan(tower: Tower, temporal, spatial) -> tuple[list, list]:
@@ -233,8 +248,9 @@ class STTS(Compression):
                     f"STTS option {name} must be a list of pairs [block from 0 to {depth}, share above 0 and at most "
                     f"1], each block once, such as [[0, 0.5]]; got {plan!r}."
                 )
-        if options.get("scorer", "released") not in SCORERS:
-            raise ValueError(f"STTS option scorer must be one of {', '.join(SCORERS)}, got {options['scorer']!r}.")
+        for name, valid in (("scorer", SCORERS), ("gradient", GRADIENTS)):
+            if options.get(name, "released") not in valid:
+                raise ValueError(f"STTS option {name} must be one of {', '.join(valid)}, got {options[name]!r}.")
         if not is_number(options.get("sigma", 0.1)) or options.get("sigma", 0.1) < 0:
             raise ValueError(f"STTS option sigma must be a number from 0, got {options['sigma']!r}.")
         for name in ("num_samples", "stride"):

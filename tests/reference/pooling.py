@@ -2,13 +2,13 @@
 
 Source: "Dynamic and Compressive Adaptation of Transformers From Images to Videos" (InTI), section 4.2: LinearPooling
 "learns fixed linearly weighted coefficients for adjacent frames (all tokens shares)", ConvPooling is "a set of stride
-3D convolutions" in InTI's place; the kernel (3, 1, 1) over time is our reading of it.
+3D convolutions" in InTI's place; the kernel's size is ours to choose.
 
 Letters as in naive.py: B clips, T frames, L tokens per frame (class token first), C (or D) width, i a block, s a stage.
 
 `params`: float64, the state_dict of a transformers CLIPVisionModel, and for stage s
     compression.stages.s.logits (2,)                                          LinearPooling
-    compression.stages.s.conv.weight (C, C, 3, 1, 1), .conv.bias (C,)         ConvPooling
+    compression.stages.s.conv.weight (C, C, K, rows, columns), .conv.bias (C,)         ConvPooling
 """
 
 import torch
@@ -55,19 +55,30 @@ def linear_pooling(x, logits):
     return torch.stack(out)
 
 
-def conv_pooling(x, weight, bias):
-    """(T, L, C), T even -> (T/2, L, C): output frame j sees the frames 2j-1, 2j, 2j+1 of its token; outside is zero.
+def conv_pooling(x, weight, bias, grid):
+    """(T, L, C), T even -> (T/2, L, C): a convolution of stride 2 in time, 1 in space; outside is zero.
 
-    `weight` (C out, C in, 3, 1, 1), `bias` (C,).
+    `weight` (C out, C in, K, rows, columns), `bias` (C,). K frames that end with the pair: 2 the frames 2j and 2j+1, 3
+    also 2j-1. Patches stand on `grid` (h, w), in row-major order; the class token, first, has no neighbours.
     """
+    h, w = grid
+    K, rows, columns = weight.shape[2:]
     out = []
     for j in range(len(x) // 2):
         frame = []
         for k in range(x.shape[1]):
             total = bias
-            for tap in range(3):
-                if 2 * j + tap - 1 >= 0:  # never past the end: T is even
-                    total = total + linear(x[2 * j + tap - 1, k], weight[:, :, tap, 0, 0], 0)
+            for tap in range(K):
+                t = 2 * j + 2 - K + tap
+                for a in range(rows):
+                    for b in range(columns):
+                        row, column = (k - 1) // w + a - rows // 2, (k - 1) % w + b - columns // 2
+                        if k == 0:
+                            there, token = (a, b) == (rows // 2, columns // 2), 0
+                        else:
+                            there, token = 0 <= row < h and 0 <= column < w, 1 + row * w + column
+                        if t >= 0 and there:  # never past the end: T is even
+                            total = total + linear(x[t, token], weight[:, :, tap, a, b], 0)
             frame.append(total)
         out.append(torch.stack(frame))
     return torch.stack(out)
@@ -90,7 +101,8 @@ def pooling_model(pixel_values, params, *, heads, kind, layers, eps=1e-5):
                 if layer == i and kind == "linear_pooling":
                     x = linear_pooling(x, params[f"{name}.logits"])
                 elif layer == i and kind == "conv_pooling":
-                    x = conv_pooling(x, params[f"{name}.conv.weight"], params[f"{name}.conv.bias"])
+                    side = round((x.shape[1] - 1) ** 0.5)
+                    x = conv_pooling(x, params[f"{name}.conv.weight"], params[f"{name}.conv.bias"], (side, side))
         features.append(leave(x, params, eps))
         tokens.append(x)
     return torch.stack(features), torch.stack(tokens)

@@ -56,12 +56,17 @@ def perturbed_top_k(scores, k, noise, sigma):
     return out
 
 
-def perturbed_top_k_gradient(grad_output, scores, k, noise, sigma):
-    """Gradient (D,) of `perturbed_top_k` for `grad_output` (k, D): the diagonal of Eq. 8's Jacobian, sigma > 0."""
+def perturbed_top_k_gradient(grad_output, scores, k, noise, sigma, form="released"):
+    """Gradient (D,) of `perturbed_top_k` for `grad_output` (k, D), sigma > 0.
+
+    "paper": Eq. 8, an indicator that a draw sets moves with every score by the noise there. "released": the authors'
+    code, which counts only the noise at the indicator's own place.
+    """
     out = torch.zeros_like(scores)
     for draw in noise:
         for rank, place in enumerate(top_k(scores + sigma * draw, k)):
-            out[place] += grad_output[rank, place] * draw[place] / sigma / len(noise)
+            for other in range(len(scores)) if form == "paper" else [place]:
+                out[other] += grad_output[rank, place] * draw[other] / sigma / len(noise)
     return out
 
 
