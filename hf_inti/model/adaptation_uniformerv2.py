@@ -33,11 +33,19 @@ LOCAL = ("none", "single", "double")
 
 
 class XavierLinear(ResettableModule, nn.Linear):
-    """Weights uniform after Glorot, biases zero."""
+    """Xavier-uniform weights, zero biases."""
+
+    gain = 1.0
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
+        nn.init.xavier_uniform_(self.weight, self.gain)
         nn.init.zeros_(self.bias)
+
+
+class PackedXavierLinear(XavierLinear):
+    """A third of the released packed projection of queries, keys and values (C -> 3C), initialised as that whole."""
+
+    gain = 2**-0.5  # bound sqrt(6 / (C + 3C)) and not sqrt(6 / (C + C))
 
 
 class VideoQuery(ResettableModule, nn.Module):
@@ -112,9 +120,9 @@ class GlobalBlock(GradientCheckpointingLayer):
         self.dpe = ZeroBiasConv3d(width, width, kernel_size=3, padding=1, groups=width)
         self.norm_query = nn.LayerNorm(width, eps=eps)
         self.norm_tokens = nn.LayerNorm(width, eps=eps)
-        self.q_proj = XavierLinear(width, width)
-        self.k_proj = XavierLinear(width, width)
-        self.v_proj = XavierLinear(width, width)
+        self.q_proj = PackedXavierLinear(width, width)
+        self.k_proj = PackedXavierLinear(width, width)
+        self.v_proj = PackedXavierLinear(width, width)
         self.out_proj = ZeroLinear(width, width)
         self.norm_mlp = nn.LayerNorm(width, eps=eps)
         self.fc1 = XavierLinear(width, 4 * width)
