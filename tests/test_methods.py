@@ -476,7 +476,7 @@ def test_soft_selection_is_counted_finely_in_bfloat16():
         ("compression", "tome", {"r": [4, -2]}, "inflection from -1 to 1"),
         ("compression", "tome", {"prop_attn": 1}, "prop_attn must be true or false"),
         ("compression", "tome", {"radius": 1}, "no option 'radius'; its options are r, prop_attn"),
-        ("compression", "sta", {"r": 10}, r"drops 10 \+ 5 \+ 2 patches of a frame, which has only 16"),
+        ("compression", "sta", {"r": 10}, r"drops 10 \+ 5 \+ 2 of 16"),
         ("compression", "sta", {"r": 2.5}, "whole number of tokens"),
         ("compression", "sta", {"order": "F-B"}, "order must be"),
         ("compression", "sta", {"first_frame": "none"}, "first_frame must be one of tome, random, grid"),

@@ -46,7 +46,7 @@ TIMEOUT = 90.0  # seconds for all tests of a mutant
 
 def run_pytest(files: list[str], plugin, *options: str) -> int:
     with tempfile.TemporaryDirectory() as scratch:
-        quiet = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+        quiet = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "-k", "not compil"]
         return pytest.main([*quiet, f"--basetemp={scratch}/tmp", *options, *files], plugins=[plugin])
 
 
