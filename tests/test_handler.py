@@ -56,6 +56,10 @@ def server(repository):
                 self.send_response(302)
                 self.send_header("Location", "file:///etc/passwd")
                 self.end_headers()
+            elif self.path == "/inside":
+                self.send_response(302)
+                self.send_header("Location", "http://10.0.0.1/clip.mp4")
+                self.end_headers()
             else:
                 super().do_GET()
 
@@ -69,8 +73,8 @@ def server(repository):
 @pytest.fixture
 def open_network(module, monkeypatch):
     """Lets the handler reach this machine, which it otherwise refuses."""
-    real = module.check_address
-    monkeypatch.setattr(module, "check_address", lambda url: None if "127.0.0.1" in url else real(url))
+    real = module.is_public
+    monkeypatch.setattr(module, "is_public", lambda place: place == "127.0.0.1" or real(place))
 
 
 def test_url_bytes_and_base64_give_the_models_answer(handler, repository, server, open_network):
@@ -140,6 +144,77 @@ def test_downloads_that_fail(handler, server, open_network):
         handler({"inputs": f"{server}/away"})  # redirected to a file
     with pytest.raises(ValueError, match="could not be downloaded"):
         handler({"inputs": "http://127.0.0.1:1/clip.mp4"})
+
+
+def resolver(monkeypatch, module, *answers: str) -> list[str]:
+    """Names lead to one of these addresses after the other; returns the names that were asked for."""
+    asked = []
+
+    def getaddrinfo(host, port, *args, **kwargs):
+        place = answers[min(len(asked), len(answers) - 1)]
+        asked.append(host)
+        return [(module.socket.AF_INET, module.socket.SOCK_STREAM, 6, "", (place, port))]
+
+    monkeypatch.setattr(module.socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_reached(handler, module, server, monkeypatch):
+    """A name that leads to a public address when asked first and to this machine when asked again."""
+    port = server.rpartition(":")[2]
+    reached = []
+
+    def refuse(address, *args, **kwargs):
+        reached.append(address[0])
+        raise ConnectionRefusedError
+
+    asked = resolver(monkeypatch, module, "1.1.1.1", "127.0.0.1")
+    monkeypatch.setattr(module.socket, "create_connection", refuse)
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        handler({"inputs": f"http://rebinding.example:{port}/clip.mp4"})
+    assert asked == ["rebinding.example"] and reached == ["1.1.1.1"]
+    with pytest.raises(ValueError, match="not on the public internet"):  # asked anew, it is checked anew
+        handler({"inputs": f"http://rebinding.example:{port}/clip.mp4"})
+    assert reached == ["1.1.1.1"]
+
+
+def test_a_name_with_one_private_address_is_refused(handler, module, monkeypatch):
+    answers = [(2, 1, 6, "", ("1.1.1.1", 80)), (2, 1, 6, "", ("10.0.0.1", 80))]
+    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *args, **kwargs: answers)
+    with pytest.raises(ValueError, match="not on the public internet"):
+        handler({"inputs": "http://mixed.example/clip.mp4"})
+
+
+def test_redirects_are_checked_when_they_connect(handler, module, server, open_network, monkeypatch):
+    """From this machine, which the fixture allows, to another private address."""
+    with pytest.raises(ValueError, match="not on the public internet"):
+        handler({"inputs": f"{server}/inside"})
+
+
+def test_a_proxy_is_not_asked(handler, server, open_network, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert handler({"inputs": f"{server}/clip.mp4"})
+
+
+def test_certificates_are_checked_by_name(module, monkeypatch):
+    """TLS goes to the pinned address and asks for the name that the URL holds."""
+    wrapped = []
+
+    class Context:
+        def wrap_socket(self, sock, server_hostname):
+            wrapped.append((sock, server_hostname))
+            raise module.ssl.SSLCertVerificationError("wrong name")
+
+    monkeypatch.setattr(module.ssl, "create_default_context", Context)
+    monkeypatch.setattr(module.socket, "create_connection", lambda address, *args, **kwargs: address)
+    resolver(monkeypatch, module, "1.1.1.1")
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        module.download("https://video.example/clip.mp4")
+    assert wrapped == [(("1.1.1.1", 443), "video.example")]
+
+
+def test_the_model_is_optimised(handler):
+    assert handler.model.vision_model.encoder.layers[0].mlp.optimized
 
 
 def test_limits(handler, module, repository, server, open_network, monkeypatch):

@@ -1,10 +1,10 @@
 """Inference Endpoint handler for InTI-CLIP: in a model's repository it is called `handler.py`.
 
 Request: {"inputs": a video, "parameters": {"top_k": 5, "function_to_apply": "softmax"}}, or the bytes of a video as the
-body. The video is a URL (http or https), or base64, with or without "data:video/mp4;base64," in front.
-Answer: [{"label": ..., "score": ...}, ...], the best first.
+body. The video is a URL (http or https), or base64, with or without the prefix "data:video/mp4;base64,".
+Response: [{"label": ..., "score": ...}, ...], the best first.
 
-What a client can mend is a ValueError of one line, which Inference Endpoints send back with status 400.
+Client errors raise a one-line ValueError, returned as HTTP 400.
 """
 
 import base64
@@ -12,10 +12,19 @@ import binascii
 import io
 import ipaddress
 import socket
+import ssl
 import time
-from http.client import HTTPException
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import quote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import (
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    ProxyHandler,
+    Request,
+    build_opener,
+)
 
 import torch
 from transformers import AutoModelForVideoClassification, AutoProcessor
@@ -33,8 +42,8 @@ FUNCTIONS = {
 }
 
 
-def check_address(url: str) -> None:
-    """Raise a ValueError unless `url` is http(s) and leads out into the internet, not to this machine's own network."""
+def check_url(url: str) -> None:
+    """Raise a ValueError unless `url` is http(s) and names a host."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80)
@@ -42,16 +51,10 @@ def check_address(url: str) -> None:
         good = False
     if not good:
         raise ValueError(f"the URL must begin with http:// or https:// and name a host, got {url[:100]!r}.")
-    try:
-        places = {place[4][0] for place in socket.getaddrinfo(parts.hostname, None)}
-    except (OSError, UnicodeError):
-        raise ValueError(f"the host {parts.hostname!r} is not known; check the URL.") from None
-    if not all(is_public(place) for place in places):
-        raise ValueError(f"the host {parts.hostname!r} is not on the public internet; send the video itself instead.")
 
 
 def is_public(place: str) -> bool:
-    """Whether an address leads out into the internet, also where an IPv4 address is wrapped in an IPv6 one."""
+    """Whether an address is on the internet; an IPv4 address inside an IPv6 one is what counts."""
     address = ipaddress.ip_address(place.partition("%")[0])
     if address.version == 6:
         wrapped = address.ipv4_mapped or address.sixtofour
@@ -62,22 +65,68 @@ def is_public(place: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-class _CheckedRedirects(HTTPRedirectHandler):
+def public_addresses(host: str, port: int) -> list[str]:
+    """The IP addresses of `host`. Raises a ValueError if it is unknown or any of them is not on the internet."""
+    try:
+        places = list(dict.fromkeys(place[4][0] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    except (OSError, UnicodeError):
+        raise ValueError(f"the host must exist, got {host!r}; check the URL.") from None
+    if not all(is_public(place) for place in places):
+        raise ValueError(f"the host {host!r} is not on the public internet; send the video itself instead.")
+    return places
+
+
+def connect(host: str, port: int, timeout: float | None) -> socket.socket:
+    """A connection to one of the addresses that were checked: asked again, the name could lead elsewhere."""
+    failure = OSError("no address")
+    for place in public_addresses(host, port):
+        try:
+            return socket.create_connection((place, port), timeout)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+class _Connection(HTTPConnection):
+    def connect(self):
+        self.sock = connect(self.host, self.port, self.timeout)
+
+
+class _SecureConnection(HTTPSConnection):
+    def connect(self):
+        # The certificate is that of the name, whatever the address.
+        context = ssl.create_default_context()
+        self.sock = context.wrap_socket(connect(self.host, self.port, self.timeout), server_hostname=self.host)
+
+
+class _Handler(HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(_Connection, request)
+
+
+class _SecureHandler(HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(_SecureConnection, request)
+
+
+class _Redirects(HTTPRedirectHandler):
     def redirect_request(self, request, *arguments):
         redirected = super().redirect_request(request, *arguments)
         if redirected is not None:
-            check_address(redirected.full_url)
+            check_url(redirected.full_url)
         return redirected
 
 
 def download(url: str) -> bytes:
     """The body at `url`, at most one byte more than `MAX_BYTES`."""
-    check_address(url)
+    check_url(url)
     end, body = time.monotonic() + TIMEOUT, bytearray()
-    # What a browser would write as %.. too; what is written so already stays.
+    # Quote what a browser would; what is quoted already stays.
     request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "hf_inti"})
+    # Without proxies, which would look the host up by themselves.
+    opener = build_opener(ProxyHandler({}), _Handler, _SecureHandler, _Redirects)
     try:
-        with build_opener(_CheckedRedirects).open(request, timeout=TIMEOUT) as response:
+        with opener.open(request, timeout=TIMEOUT) as response:
             while chunk := response.read1(2**20):
                 body += chunk
                 if len(body) > MAX_BYTES:
@@ -117,9 +166,9 @@ def read_video(inputs: str | bytes) -> bytes:
 
 
 def check_size(body: bytes) -> None:
-    """Raise a ValueError for a video that is longer than `MAX_SECONDS` or larger than `MAX_PIXELS`, or is none.
+    """Raise a ValueError for a video longer than `MAX_SECONDS` or larger than `MAX_PIXELS`, and for what is no video.
 
-    The length is read off the packets, of which nothing is decoded: what headers say may be missing or wrong.
+    The length is taken from the packets, without decoding: headers may lie.
     """
     import av
 
@@ -152,9 +201,11 @@ class EndpointHandler:
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         model = AutoModelForVideoClassification.from_pretrained(path, trust_remote_code=True, dtype=dtype)
         self.model = model.to(self.device).eval()
+        with suppress(ValueError):  # quantised or adapted layers have no faster way
+            self.model.optimize_for_inference()
 
     def __call__(self, data: dict) -> list[dict]:
-        """Classify one video; raises ValueError, of one line, for what the client can mend."""
+        """Classify one video; raises a one-line ValueError for a bad request."""
         if not isinstance(data, dict) or "inputs" not in data:
             raise ValueError('a request needs "inputs": a URL, base64 or bytes of a video.')
         parameters = data.get("parameters") or {}
