@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_inti", "hf_inti.*"]),
+    package_data={"hf_inti.hub": ["template.md"]},
     python_requires=">=3.11",
     # Lower bounds: what the package is known to need; constraints.txt has what it was last tested with.
     install_requires=[

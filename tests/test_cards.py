@@ -151,6 +151,11 @@ def test_citation_is_the_papers(listed):
     bibtex = listed[1].text.split("```bibtex\n")[1].split("```")[0]
     assert bibtex.startswith("@article{") and bibtex.endswith("}\n") and bibtex.count("{") == bibtex.count("}") == 6
     assert "author = {Zhang, Guozhen and Liu, Jingyu and" in bibtex and "journal = {arXiv:2408.06840}" in bibtex
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in bibtex
+    for name in ("title", "journal", "year", "url"):
+        assert f"  {name} = {{{paper[name]}}},\n" in bibtex
 
 
 # What does not fit together -----------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""Model cards: one template, one facts file per checkpoint, and figures of ours only from what a script measured.
+"""Model cards: one template, one metadata file per checkpoint, and of our figures only what a script measured.
 
-The template is model_cards/template.md, the facts are model_cards/NAME.yaml (what each holds: `card_facts.FACTS`),
-accuracies come from a results.json of scripts/evaluate.py. Costs are counted, the papers' figures are those of
-`published.TABLES`.
+The template is template.md in this folder; metadata are model_cards/NAME.yaml (keys: `metadata.FACTS`); accuracies come
+from a results.json of scripts/evaluate.py. Costs are counted; the papers' figures are `published.TABLES`.
 """
 
 import re
@@ -23,7 +22,6 @@ from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from ..papers.published import TABLES, TOWERS
 from ..visualization import draw_compression
 from .metadata import (
-    CARDS,
     ROOT,
     TOWER,
     check_keys,
@@ -42,6 +40,7 @@ from .metadata import (
 
 __all__ = ["EXAMPLE", "FIGURE", "draw_figure", "metadata_of_run", "load_metadata", "render_card", "write_eval_results"]
 
+TEMPLATE = Path(__file__).with_name("template.md")
 EXAMPLE, FIGURE = "example.mp4", "figure.png"  # what they are called in a model's repository
 PICTURED = ("inti", "linear_pooling", "tome", "sta")  # the compressions that `draw_figure` can draw
 LABELS = ("Reproduces", "Source", "Command", "Hardware")  # in a recipe's header
@@ -84,7 +83,7 @@ def render_card(facts: dict, model_dir: str | Path, repo_id: str, results=None, 
     )
     return ModelCard.from_template(
         data,
-        template_str=read_text(CARDS / "template.md"),
+        template_str=read_text(TEMPLATE),
         title=facts["title"] or name,
         repo_id=repo_id,
         facts=facts,
@@ -101,7 +100,6 @@ def render_card(facts: dict, model_dir: str | Path, repo_id: str, results=None, 
         results=measured,
         evaluation=measured and _public(measured["command"]),
         speed=None if benchmark is None else read_benchmark(benchmark, cost),
-        bibtex=_bibtex(),
     )
 
 
@@ -181,10 +179,3 @@ def _header(recipe: Path) -> dict[str, str]:
 def _public(command: list[str]) -> str:
     words = [public_text(word) for word in command[1:]]
     return shlex.join(["python", f"scripts/{Path(command[0]).name}", *words])
-
-
-def _bibtex() -> str:
-    paper = yaml.safe_load(read_text(ROOT / "CITATION.cff"))["preferred-citation"]
-    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
-    fields = {"author": authors, **{name: paper[name] for name in ("title", "journal", "year", "url")}}
-    return "\n".join(["@article{zhang2024inti,", *(f"  {key} = {{{value}}}," for key, value in fields.items()), "}"])

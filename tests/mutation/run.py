@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from datetime import UTC, datetime
 from importlib.machinery import SourceFileLoader
@@ -42,11 +43,25 @@ TESTS = (
 ).split()
 SLOW = 4.0  # seconds; slower tests are left out
 TIMEOUT = 90.0  # seconds for all tests of a mutant
+BROKEN = 70  # exit status of a process in which this script failed, and not a test
 
 
 def run_pytest(files: list[str], plugin, *options: str) -> int:
     with tempfile.TemporaryDirectory() as scratch:
-        quiet = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "-k", "not compil"]
+        # Assertions as they are: what pytest would rewrite is imported before.
+        quiet = [
+            "-q",
+            "--no-header",
+            "--assert=plain",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "-m",
+            "not slow",
+            "-k",
+            "not compil",
+        ]
         return pytest.main([*quiet, f"--basetemp={scratch}/tmp", *options, *files], plugins=[plugin])
 
 
@@ -146,8 +161,9 @@ def start(item, covering: dict, diff_file: str) -> int:
         os.setsid()
         try:
             status = try_mutant(mutation, tests, diff_file) if tests else 0
-        except BaseException:  # such as a module that cannot be imported: killed
-            status = 3
+        except BaseException:
+            Path(diff_file).write_text(traceback.format_exc())
+            status = BROKEN
         os._exit(status)
     return pid
 
@@ -172,6 +188,8 @@ def run_mutants(covering: dict, workers: int) -> None:
             code = os.waitstatus_to_exitcode(status)
             outcome = TestOutcome.SURVIVED if code == 0 else TestOutcome.KILLED
             diff = Path(diff_file).read_text() if os.path.exists(diff_file) else ""
+            if code == BROKEN:
+                raise SystemExit(f"error: a mutant could not be run:\n{diff}")
             note = "timeout" if code == -signal.SIGKILL else f"exit status {code}"
             session.set_result(item.job_id, WorkResult(WorkerOutcome.NORMAL, note, outcome, diff))
             bar.update()
