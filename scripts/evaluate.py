@@ -29,7 +29,7 @@ from hf_inti.hub.metadata import fingerprint
 from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.training.evaluation import EvalTransform, end_processes, evaluate_loader, evaluation_loader
 from hf_inti.training.metrics import video_scores
-from hf_inti.training.setup import describe_run
+from hf_inti.training.run_info import describe_run
 from hf_inti.visualization import confusion_matrix
 
 

@@ -246,7 +246,7 @@ def test_growth(tmp_path):
             ["--output_dir", "x", "--models", '{"a": {"size": "B/16"}}', "--require", "fast"],
             "requirement reads",
         ),
-        ("models", ["--models", '{"a": {"size": "B/16"}}'], "--output_dir is required"),
+        ("models", ["--models", '{"a": {"size": "B/16"}}'], "output_dir must be set with --output_dir"),
     ],
 )
 def test_errors(command, arguments, message):

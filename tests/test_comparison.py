@@ -217,16 +217,19 @@ def test_failing_run_shows_its_log(folder, tmp_path, capsys):
         (["--methods", '{"a/b": {}}'], "the method 'a/b' names a folder"),
         (["--methods", '{"A": {"seed": 1}}'], "A: seed is not for a method to set"),
         (["--methods", '{"A": {"num_frames": null}}'], "A: num_frames has no value"),
-        (["--methods", '{"A": {"lerning_rate": 1}}'], "A: there is no setting 'lerning_rate', did you mean"),
+        (
+            ["--methods", '{"A": {"lerning_rate": 1}}'],
+            "A: a setting must be one that --help lists, got 'lerning",
+        ),
         (["--methods", '{"A": {"compression": "tom"}}'], "A: compression must be one of none, inti"),
         (["--methods", '{"A": {"compression_options": {"cub": 1}}}'], "A: InTICompression has no option 'cub'"),
         (["--num_frames", "5"], "InTI: got 5 frames"),
         (["--epochs", "many"], "Naive: argument --epochs: invalid int value: 'many'"),
-        (["--seed", "1"], "there is no setting 'seed', did you mean 'seeds'?"),
+        (["--seed", "1"], "got 'seed'; did you mean 'seeds'?"),
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--train_script", "absent.py"], "there is no absent.py; give scripts/train.py"),
-        (["--recipe", "absent.yaml"], "there is no recipe absent.yaml"),
+        (["--recipe", "absent.yaml"], "must be a recipe (a YAML file), got absent.yaml"),
     ],
 )
 def test_wrong_settings_read_well(folder, tmp_path, flags, wanted):

@@ -186,13 +186,16 @@ def test_base_gives_the_defaults(recipes):
 @pytest.mark.parametrize(
     ("files", "wanted"),
     [
-        ({"a.yaml": "base: a.yaml\n"}, "recipes are each other's base: "),
+        ({"a.yaml": "base: a.yaml\n"}, "a recipe must not be its own base, got "),
         ({"a.yaml": "base: b.yaml\n", "b.yaml": "base: sub/../a.yaml\n"}, "a.yaml -> "),
-        ({"a.yaml": "base: none.yaml\n"}, "a.yaml names it as its base"),
-        ({"a.yaml": "base:\n"}, "a.yaml: base must name one recipe, by its path from this file, got None"),
+        ({"a.yaml": "base: none.yaml\n"}, "a.yaml: base must be a recipe (a YAML file), got "),
+        ({"a.yaml": "base:\n"}, "a.yaml: base must be the path of a recipe, relative to this file, got None"),
         ({"a.yaml": "base: [b.yaml]\n"}, "got ['b.yaml']"),
-        ({"a.yaml": "base: b.yaml\n", "b.yaml": "epoch: 3\n"}, "b.yaml: there is no setting 'epoch'"),
-        ({"a.yaml": "base: b.yaml\n", "b.yaml": "- a\n"}, "b.yaml must hold names with values"),
+        (
+            {"a.yaml": "base: b.yaml\n", "b.yaml": "epoch: 3\n"},
+            "b.yaml: a setting must be one that --help lists",
+        ),
+        ({"a.yaml": "base: b.yaml\n", "b.yaml": "- a\n"}, "b.yaml must be a mapping of settings to values"),
     ],
 )
 def test_wrong_bases(files, wanted, recipes):

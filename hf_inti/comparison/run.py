@@ -21,7 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 from ..measure.jobs import ROOT, Job, read_json, run_jobs, write_json
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
 from ..training.cli import parse_recipe
-from ..training.setup import FREE_SETTINGS, build_model
+from ..training.run_info import FREE_SETTINGS
+from ..training.setup import build_model
 from .measure import conditions
 from .report import write_report
 

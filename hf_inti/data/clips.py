@@ -220,8 +220,8 @@ class BadVideos:
         self.reasons = {}
 
     def add(self, bad):
-        for entry in bad:
-            name, _, reason = entry.partition("\t")
+        entries = bad.items() if isinstance(bad, dict) else (entry.split("\t", 1) for entry in bad)
+        for name, reason in entries:
             self.reasons.setdefault(name, reason)
 
     def __len__(self):

@@ -19,7 +19,7 @@ from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from ..papers.published import TOWERS
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
 from ..training.cli import parse_recipe
-from ..training.setup import FREE_SETTINGS
+from ..training.run_info import FREE_SETTINGS
 
 
 ROOT = Path(__file__).parents[2]

@@ -1,13 +1,20 @@
-"""What transformers' Trainer needs to train the models of this package as scripts/train.py does."""
+"""Callbacks for training this package's models with transformers' Trainer."""
 
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class TrainingProgressCallback(TrainerCallback):
-    """Tells the model how far training is, so that STTS's noise fades to zero.
+    """Tells the model how far training has come, as STTS needs to anneal its noise.
 
     Trainer(model, args, ..., callbacks=[TrainingProgressCallback()])
     """
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs,
+    ) -> None:
         model.set_training_progress(state.global_step / state.max_steps)

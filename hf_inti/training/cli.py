@@ -2,70 +2,75 @@
 
     parse_recipe([ModelArguments, ...], ["recipe.yaml", "--learning_rate", "1e-4"])
 
-A recipe holds the same names as the command line has flags; what the command line says wins. A recipe that changes a
-few settings of another names it, `base: other.yaml` (a path from its own folder), and holds the changes.
+Settings have the same names in a recipe as on the command line, which wins. A recipe that changes only a few settings
+of another starts with `base: other.yaml` (a path relative to its own folder) and lists the changes.
 """
 
 import difflib
 import json
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 
+T = TypeVar("T")
+
+
 def _mapping(text: str) -> dict:
+    """The type of flags that hold a dict."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
         example = '{"cube": "dwconv"}'
-        raise ArgumentTypeError(f"wanted a JSON mapping such as '{example}', got {text!r}")
+        raise ArgumentTypeError(f"must be a JSON mapping such as '{example}', got {text!r}")
     return value
 
 
 class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" say nothing
+    def _get_help_string(self, action: Action) -> str:  # "(default: None)" and "(default: False)" say nothing
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
-    """Whose errors are ValueErrors of one line: argparse's own print the usage and end the process."""
+    """Raises a one-line ValueError for a wrong flag, where argparse prints the usage and exits."""
 
-    def __init__(self, classes, **options):
+    def __init__(self, classes: list[type], **options):
         super().__init__(classes, allow_abbrev=False, formatter_class=_Help, **options)
         self.register("type", dict, _mapping)
         self.names = [f.name for c in classes for f in fields(c)]
 
-    def error(self, message: str):
-        raise ValueError(f"{message}; --help explains the settings.")
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help.")
 
     def parse(self, arguments: list[str]) -> dict:
         values, unknown = self.parse_known_args(arguments)
         for flag in unknown:
             if not flag.startswith("--"):
-                self.error(f"there is no place for {flag!r}")
+                self.error(f"a setting must be given as --name value, got a stray {flag!r}")
             self.check_name(flag[2:].partition("=")[0].replace("-", "_"))
         return vars(values)
 
     def check_name(self, name: str, where: str = "") -> None:
         if name not in self.names:
             close = difflib.get_close_matches(str(name), self.names, n=1)
-            self.error(f"{where}there is no setting {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+            advice = f"did you mean {close[0]!r}?" if close else "see --help."
+            raise ValueError(f"{where}a setting must be one that --help lists, got {name!r}; {advice}")
 
 
 def parse_recipe(classes: list[type], arguments: list[str] | None = None, description: str | None = None) -> tuple:
-    """Instances of the dataclasses, from `[recipe.yaml] --flags` (default: the process's command line).
+    """Parse `[recipe.yaml] --flags` (default: the command line) into one instance of each dataclass.
 
-    The first argument may be a YAML file; its settings are read as if they were flags in front of the others. Raises
-    ValueError for a file that is missing or no mapping, for settings and flags that do not exist, for values of a wrong
-    kind, for recipes that are each other's base, and for a required value (one without a default) that nothing gives.
+    If the first argument is a YAML file, its settings are read like flags that precede the others. A field of type
+    str whose default is None is required. Raises ValueError for a recipe that is missing, not a mapping or its own
+    base, for unknown settings, for values of the wrong type, and for required settings that are missing.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(classes, usage="%(prog)s [RECIPE.yaml] [--setting value ...]", description=description)
@@ -75,19 +80,20 @@ def parse_recipe(classes: list[type], arguments: list[str] | None = None, descri
         flags = _flags_of_yaml(Path(arguments.pop(0)), parser, hints)
     values = parser.parse(flags + arguments)
     for c in classes:
-        for f in fields(c):  # a str that is None by default: it may come from the recipe, but must come
+        for f in fields(c):  # argparse's own `required` would not accept a value from the recipe
             if hints[f.name] is str and values[f.name] is None:
-                parser.error(f"--{f.name} is required, here or in the recipe: {f.metadata['help'].rstrip('.')}")
+                about = f.metadata["help"].rstrip(".")
+                parser.error(f"{f.name} must be set with --{f.name} or in the recipe, got neither ({about})")
     return tuple(c(**{f.name: values[f.name] for f in fields(c)}) for c in classes)
 
 
 def _flags_of_yaml(path: Path, parser: _Parser, hints: dict) -> list[str]:
-    """A recipe's settings as flags, so that both are checked and converted alike (YAML reads 1e-3 as text)."""
+    """A recipe's settings as flags, so that argparse checks and converts them too (YAML reads 1e-3 as a string)."""
     flags = []
     for name, value in _settings_of_yaml(path, parser).items():
         if value is None:
             if type(None) not in get_args(hints[name]):
-                raise ValueError(f"{path}: {name} has no value; give one or leave the line out.")
+                raise ValueError(f"{path}: {name} must have a value, got none; give one or delete the line.")
             parser.set_defaults(**{name: None})
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
@@ -97,33 +103,34 @@ def _flags_of_yaml(path: Path, parser: _Parser, hints: dict) -> list[str]:
 
 
 def _settings_of_yaml(path: Path, parser: _Parser, above: tuple[Path, ...] = ()) -> dict:
-    """A recipe's settings over those of its base; `above`: the recipes whose base this one is."""
+    """A recipe's settings, with those of its base where it has none; `above`: the recipes it is the base of."""
     if path.resolve() in [other.resolve() for other in above]:
-        raise ValueError(f"recipes are each other's base: {' -> '.join(map(str, (*above, path)))}; take one base out.")
+        circle = " -> ".join(map(str, (*above, path)))
+        raise ValueError(f"a recipe must not be its own base, got {circle}; remove one of these bases.")
     if not path.is_file():
-        where = f"{above[-1]} names it as its base" if above else "the first argument, if it is no flag, is a YAML file"
-        raise ValueError(f"there is no recipe {path}; {where}.")
+        what = f"{above[-1]}: base" if above else "the first argument"
+        raise ValueError(f"{what} must be a recipe (a YAML file), got {path}, which does not exist.")
     try:
         settings = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} must be valid YAML, got: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold names with values, got {type(settings).__name__}.")
+        raise ValueError(f"{path} must be a mapping of settings to values, got a {type(settings).__name__}.")
     for name in settings.keys() - {"base"}:
         parser.check_name(name, f"{path}: ")
     if "base" not in settings:
         return settings
     base = settings.pop("base")
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base must name one recipe, by its path from this file, got {base!r}.")
+        raise ValueError(f"{path}: base must be the path of a recipe, relative to this file, got {base!r}.")
     return {**_settings_of_yaml(path.parent / base, parser, (*above, path)), **settings}
 
 
-def parse_arguments(cls: type, leading: list[str], description: str, arguments: list[str] | None = None):
-    """An instance of the dataclass, from `value ... --flags` (default: the process's command line).
+def parse_arguments(cls: type[T], leading: list[str], description: str, arguments: list[str] | None = None) -> T:
+    """Parse `value ... --flags` (default: the command line) into an instance of the dataclass.
 
-    Values in front of the first flag are those of the flags named in `leading`; the last of these takes all that are
-    left. Raises ValueError as `parse_recipe` does.
+    Values before the first flag belong to the settings named in `leading`, in that order; the last of these takes all
+    that remain. Raises ValueError like `parse_recipe`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     usage = "%(prog)s " + " ".join(name.upper() for name in leading) + " [--setting value ...]"
@@ -139,13 +146,13 @@ def parse_arguments(cls: type, leading: list[str], description: str, arguments: 
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and end the process: what the user can mend is one line on stderr and exit status 1."""
+    """Run a script's `main` and exit: with its status, or with 1 and one line on stderr for an error users can fix."""
     try:
         sys.exit(main())
     except (ValueError, OSError, ImportError) as error:
         message = str(error).strip()
-        if "Repo id must" in message:  # a path that is no folder is taken for a name on the Hub
+        if "Repo id must" in message:  # transformers takes a missing folder for a name on the Hub
             message += " There is no such folder either."
-        if "DataLoader worker process" in message:  # torch puts the worker's traceback in front
+        if "DataLoader worker process" in message:  # torch puts the worker's traceback first
             message = message.splitlines()[-1].partition(": ")[2]
         sys.exit(f"error: {' '.join(message.split())}")

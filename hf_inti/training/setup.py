@@ -1,25 +1,21 @@
-"""What a training loop needs besides Accelerate: clips, optimiser, and files that survive an interruption."""
+"""What a training run is built from, given its arguments: datasets, model, processor, loaders, optimizer."""
 
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from functools import partial
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import get_scheduler, logging
 
 from ..data.augmentation import ClipAugmentation
-from ..data.clips import StreamingVideoClips, VideoClips, cache_frames
-from ..data.datasets import label_names_of
+from ..data.clips import StreamingVideoClips, VideoClips, cache_frames, collate
+from ..data.datasets import align_labels, label_names_of, load_video_dataset
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
@@ -27,62 +23,101 @@ from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .evaluation import EvalTransform
 
 
-NEW_MODULES = ("compression.", "adaptation.", "classifier.")  # what a CLIP checkpoint does not have
+def load_datasets(
+    data: DataArguments, accelerator: Accelerator
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """The training videos and, if there are any, the evaluation videos with the same label numbers."""
+    load = partial(load_video_dataset, layout=data.layout, video_root=data.video_root)
+    with accelerator.main_process_first():
+        train_set = load(data.train_dir, split=data.train_split, streaming=data.streaming)
+        eval_set = data.eval_dir and load(data.eval_dir, split=data.eval_split)
+        return train_set, eval_set and align_labels(eval_set, label_names_of(train_set))
+
+
+# Model and processor ------------------------------------------------------------------------------
 
 
 def build_model(arguments: ModelArguments, label_names: list[str]) -> InTIClipForVideoClassification:
-    """The model with a new head, from CLIP or InTI-CLIP; what that lacks of CLIP's tower is a ValueError."""
+    """A CLIP or InTI-CLIP checkpoint with a head for `label_names`, new where it has none of that shape.
+
+    Raises ValueError if weights of CLIP's tower are missing from the checkpoint.
+    """
     options = {
         **arguments.config_options(),
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: i for i, name in enumerate(label_names)},
     }
-    values, _ = InTIClipVisionConfig.get_config_dict(arguments.model)
-    if values.get("model_type") == InTIClipVisionConfig.model_type:
+    if is_inti_clip(arguments.model):
+        values, _ = InTIClipVisionConfig.get_config_dict(arguments.model)
         config = InTIClipVisionConfig.from_dict({**values, **options})
     else:
         config = InTIClipVisionConfig.from_clip(arguments.model, **options)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # new modules are missing from any CLIP checkpoint: 40 lines that say nothing
+    logging.set_verbosity_error()  # transformers would list every parameter that is absent from CLIP
     model, report = InTIClipForVideoClassification.from_pretrained(
         arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
     )
     logging.set_verbosity(verbosity)
     absent = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-    lacking = sorted(name for name in absent if not is_new(name))
+    lacking = sorted(name for name in absent if module_kind(name) == "tower")
     if lacking:
-        raise ValueError(f"{arguments.model} has no {lacking[0]} of this shape; is it CLIP's vision tower?")
+        raise ValueError(
+            f"{arguments.model} must hold {lacking[0]} in the shape that its config.json says, got none; "
+            "give a CLIP or InTI-CLIP checkpoint."
+        )
     if arguments.activation_checkpointing:
         model.activation_checkpointing_enable()
     return model
 
 
-def is_new(name: str) -> bool:
-    """Whether a parameter of InTIClipForVideoClassification is of a module that CLIP does not have."""
-    return name.removeprefix("vision_model.").startswith(NEW_MODULES)
+def build_processor(model: str, config: InTIClipVisionConfig, data: DataArguments) -> InTIClipVideoProcessor:
+    """The processor with which the model is trained and saved.
+
+    An InTI-CLIP checkpoint keeps its own, changed only in what `data` sets; for CLIP the rest are CLIP's values.
+    The number of frames is always the model's.
+    """
+    names = ("sampling", "frame_stride", "image_mean", "image_std")
+    options = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
+    options["num_frames"] = config.num_frames
+    if data.squash is not None:
+        options["size"] = frame_size(config.image_size, data.squash)
+    if is_inti_clip(model):
+        return InTIClipVideoProcessor.from_pretrained(model, **options)
+    side = config.image_size
+    size = {"size": frame_size(side, squash=False), "crop_size": {"height": side, "width": side}}
+    return InTIClipVideoProcessor(**{**size, **options})
+
+
+def is_inti_clip(model: str) -> bool:
+    """Whether a checkpoint (a folder or a name on the Hub) is one of this package, not CLIP's."""
+    values, _ = InTIClipVisionConfig.get_config_dict(model)
+    return values.get("model_type") == InTIClipVisionConfig.model_type
 
 
 def frame_size(pixels: int, squash: bool) -> dict[str, int]:
-    """The processor's `size`: the short side, or both where frames are squeezed to a square."""
+    """The processor's `size`: the short side, or both sides where frames are squashed to a square."""
     return {"height": pixels, "width": pixels} if squash else {"shortest_edge": pixels}
 
 
-class TrainTransform:
-    """One randomly sampled and augmented clip: (video, generator, label) -> uint8 pixel_values (T, 3, H, W), labels."""
+# Clips and their loader ---------------------------------------------------------------------------
 
-    def __init__(self, processor: InTIClipVideoProcessor, augmentation: ClipAugmentation, size: dict):
+
+class TrainTransform:
+    """One randomly sampled and augmented clip: (video, generator, label) -> uint8 `frames` (T, 3, H, W), `labels`."""
+
+    def __init__(self, processor: InTIClipVideoProcessor, augmentation: ClipAugmentation, size: dict[str, int]):
         self.processor, self.augmentation, self.size = processor, augmentation, size
 
     def __call__(self, video, generator: torch.Generator, label: int) -> dict:
         frames = self.processor.load_frames(video, generator=generator, size=self.size)
         frames, label = self.augmentation(frames, label, generator)
-        return {"pixel_values": frames, "labels": label}
+        return {"frames": frames, "labels": label}
 
 
 class AllFrames:
     """Every frame of a video, resized, for `cache_frames`: video -> uint8 (T, 3, h, w)."""
 
-    def __init__(self, processor: InTIClipVideoProcessor, size: dict):
+    def __init__(self, processor: InTIClipVideoProcessor, size: dict[str, int]):
         self.processor, self.size = processor, size
 
     def __call__(self, video) -> torch.Tensor:
@@ -90,17 +125,17 @@ class AllFrames:
 
 
 def build_augmentation(data: DataArguments, crop_size: int, label_names: list[str]) -> ClipAugmentation:
-    """The recipe's augmentation; the classes that a flip swaps may be given by name or number.
+    """The augmentation that `data` describes, with `flip_label_map` in numbers and in both directions.
 
     Raises ValueError for a bad option or an unknown class.
     """
 
-    def number(label) -> int:
+    def number(label: str) -> int:
         if str(label) in label_names:
             return label_names.index(str(label))
         if str(label).isdigit() and int(label) < len(label_names):
             return int(label)
-        raise ValueError(f"flip_label_map names {label!r}, which is not among the {len(label_names)} classes.")
+        raise ValueError(f"flip_label_map must hold names or numbers of the {len(label_names)} classes, got {label!r}.")
 
     swaps = {number(a): number(b) for a, b in (data.flip_label_map or {}).items()}
     return ClipAugmentation(
@@ -120,12 +155,13 @@ def build_clips(
     data: DataArguments,
     training: TrainingArguments,
     processor: InTIClipVideoProcessor,
-    train_set,
-    eval_set,
+    train_set: Dataset | IterableDataset,
+    eval_set: Dataset | None,
     accelerator: Accelerator,
 ) -> tuple[VideoClips | StreamingVideoClips, VideoClips | None]:
-    """Training clips and, where there is an evaluation set, evaluation clips (one view)."""
-    size = frame_size(data.resize or processor.crop_size["height"], data.squash)
+    """Training clips and, if there are evaluation videos, one evaluation clip of each."""
+    squash = "shortest_edge" not in processor.size
+    size = frame_size(data.resize or processor.crop_size["height"], squash)
     label_names = label_names_of(train_set)
     if data.cache_frames:
         with accelerator.main_process_first():
@@ -142,26 +178,91 @@ def build_clips(
     return train_clips, eval_set and VideoClips(eval_set, EvalTransform(processor), on_bad_video="keep")
 
 
+def training_loader(
+    clips: VideoClips | StreamingVideoClips, data: DataArguments, training: TrainingArguments, accelerator: Accelerator
+) -> DataLoader:
+    """Shuffled batches of `collate`, split among the processes."""
+    whole_batches = not data.streaming and len(clips) >= training.batch_size * accelerator.num_processes
+    loader = DataLoader(
+        clips,
+        batch_size=training.batch_size,
+        shuffle=None if data.streaming else True,
+        drop_last=whole_batches,
+        num_workers=data.num_workers,
+        persistent_workers=data.num_workers > 0,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(training.seed),  # not the global one, which is seeded for every batch
+    )
+    # StreamingVideoClips splits its stream among the processes itself.
+    return loader if data.streaming else accelerator.prepare_data_loader(loader)
+
+
+def batches_of_all(loader: DataLoader, accelerator: Accelerator) -> Iterator[dict]:
+    """Batches of a stream for as long as every process has one.
+
+    The processes' shares of a stream differ in length. A process that ran out would wait in the evaluation for the
+    others, and they would wait for it in the next step.
+    """
+    iterator = iter(loader)
+    while True:
+        batch = next(iterator, None)
+        have = torch.tensor(float(batch is not None), device=accelerator.device)
+        if accelerator.reduce(have, "sum").item() < accelerator.num_processes:
+            return
+        yield batch
+
+
+# Optimizer ----------------------------------------------------------------------------------------
+
+
+def module_kind(name: str) -> str:
+    """Where a parameter of InTIClipForVideoClassification belongs, by its name.
+
+    "head" is the classifier, "new" compression and adaptation, "tower" everything that CLIP has.
+    """
+    if name.startswith("classifier."):
+        return "head"
+    return "new" if name.removeprefix("vision_model.").startswith(("compression.", "adaptation.")) else "tower"
+
+
 def parameter_groups(model: nn.Module, training: TrainingArguments) -> list[dict]:
-    """AdamW's groups: new modules learn faster by the recipe's factor, biases and norms (1-d) may go undecayed."""
-    groups: dict[tuple[bool, bool], list] = {}
+    """AdamW's parameter groups: one per kind of module and decayed or not.
+
+    The learning rate of new modules and of the head is multiplied by a factor of its own. Biases and norms (all
+    parameters with at most one axis) have no weight decay unless `decay_norms_and_biases`.
+    """
+    multipliers = {"tower": 1.0, "new": training.new_module_lr_multiplier, "head": training.head_lr_multiplier}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.dim() > 1 or training.decay_norms_and_biases
-            groups.setdefault((is_new(name), decayed), []).append(parameter)
+            groups.setdefault((module_kind(name), decayed), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": training.learning_rate * (training.new_module_lr_multiplier if new else 1.0),
+            "lr": training.learning_rate * multipliers[kind],
             "weight_decay": training.weight_decay if decayed else 0.0,
         }
-        for (new, decayed), parameters in groups.items()
+        for (kind, decayed), parameters in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, training: TrainingArguments, steps_per_epoch: float, total_steps: int):
-    """AdamW, and a schedule per optimiser step: linear warm-up from 0, then a cosine to `min_lr_ratio`."""
-    optimizer = torch.optim.AdamW(
+def count_steps(loader: DataLoader, data: DataArguments, training: TrainingArguments) -> tuple[float, int]:
+    """Optimizer steps per epoch, and in all.
+
+    A stream's length is unknown: `max_steps` then stand for all epochs, so that warm-up is a share of them.
+    """
+    if data.streaming:
+        return training.max_steps / training.epochs, training.max_steps
+    steps_per_epoch = math.ceil(len(loader) / training.gradient_accumulation_steps)
+    return steps_per_epoch, training.max_steps or training.epochs * steps_per_epoch
+
+
+def build_optimizer(
+    model: nn.Module, training: TrainingArguments, steps_per_epoch: float, total_steps: int
+) -> tuple[AdamW, LRScheduler]:
+    """AdamW, and a schedule per optimizer step: linear warm-up from 0, then a cosine to `min_lr_ratio`."""
+    optimizer = AdamW(
         parameter_groups(model, training),
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
@@ -174,116 +275,3 @@ def build_optimizer(model: nn.Module, training: TrainingArguments, steps_per_epo
         scheduler_specific_kwargs={"min_lr_rate": training.min_lr_ratio},
     )
     return optimizer, scheduler
-
-
-def replace_folder(finished: Path, target: Path) -> None:
-    """Put a finished folder in the place of `target`, so that an interruption leaves the old or the new one whole."""
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(finished, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The complete checkpoint with the most steps; a half-written one has another name."""
-    found = [p for p in (output_dir / "checkpoints").glob("step_*") if p.name.removeprefix("step_").isdigit()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
-
-
-class MetricsLog:
-    """Metrics as JSON lines; on resuming, what was written after the checkpoint is dropped: it will come again."""
-
-    def __init__(self, path: Path, size: int = 0):
-        path.touch()
-        os.truncate(path, min(size, path.stat().st_size))
-        self.path = path
-
-    def write(self, **values) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-    @property
-    def size(self) -> int:
-        """In bytes, for the checkpoint."""
-        return self.path.stat().st_size
-
-
-def batches_of_all(loader: DataLoader, accelerator: Accelerator) -> Iterator[dict]:
-    """Batches of a stream for as long as every process has one.
-
-    Their shares end at different times; without this the first to end would wait for the others in the evaluation,
-    and they for it in the next step.
-    """
-    iterator = iter(loader)
-    while True:
-        batch = next(iterator, None)
-        have = torch.tensor(float(batch is not None), device=accelerator.device)
-        if accelerator.reduce(have, "sum").item() < accelerator.num_processes:
-            return
-        yield batch
-
-
-def describe_run(*arguments, **more) -> dict:
-    """All that a run decided, for `run.json`."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "av", "kornia")
-    return {
-        "command": sys.argv,
-        "arguments": {type(a).__name__: asdict(a) for a in arguments},
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in packages}},
-        "commit": _commit(),
-        **more,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():  # installed from a wheel, perhaps below some other repository
-        return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-# Settings that may change when a run is resumed: they decide where and how fast it runs, not what comes out.
-FREE_SETTINGS = {
-    "activation_checkpointing",
-    "checkpoint_every_epochs",
-    "checkpoint_every_steps",
-    "eval_batch_size",
-    "hub_private",
-    "log_every_steps",
-    "num_workers",
-    "on_bad_video",
-    "output_dir",
-    "push_to_hub",
-    "report_to",
-    "resume",
-}
-
-
-def check_same_run(before: dict, now: dict) -> None:
-    """Raise a ValueError that names the first setting in which two `describe_run` differ, as JSON sees them."""
-
-    def decisive(run: dict) -> dict:
-        settings = {name: value for part in run["arguments"].values() for name, value in part.items()}
-        settings = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
-        return {**settings, **{name: run[name] for name in ("num_processes", "train_fingerprint", "eval_fingerprint")}}
-
-    before, now = decisive(before), decisive(json.loads(json.dumps(now)))
-    for name, value in now.items():
-        if value != before.get(name):
-            raise ValueError(
-                f"cannot resume with {name} = {value!r}: the run began with {before.get(name)!r}; "
-                "give that, or begin another run in another --output_dir."
-            )
