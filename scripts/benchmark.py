@@ -13,13 +13,6 @@ Every command takes a YAML file, flags or both, leaves a table (Markdown), all n
 --output_dir, and ends with an error where a --require is missed.
 """
 
-import os
-import sys
-
-
-# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
-sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
-
 from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 

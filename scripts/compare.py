@@ -7,13 +7,6 @@
 device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what follows to hf_inti.comparison.run.
 """
 
-import os
-import sys
-
-
-# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
-sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
-
 from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
 from textwrap import fill
 

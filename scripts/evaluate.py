@@ -1,18 +1,12 @@
 """Evaluate a model on a labelled video dataset.
 
     python scripts/evaluate.py outputs/k400/best --data_dir k400/val.csv --num_clips 4 --num_crops 3
+    python scripts/evaluate.py outputs/naive/best --data_dir k400/val.csv --compression tome
 
 Prints top-1, top-5 and mean class accuracy; writes results.json, predictions.csv, predictions.parquet (one row per
 video, with its file) and confusion_matrix.png to output_dir. Unreadable videos count as wrong and are named. Under
 torchrun or `accelerate launch` the processes share the work and the answer is the same.
 """
-
-import os
-import sys
-
-
-# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
-sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
 
 import json
 from dataclasses import dataclass, field
@@ -21,11 +15,11 @@ from pathlib import Path
 import datasets
 from accelerate import Accelerator
 
-from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.data.clips import VideoClips
 from hf_inti.data.datasets import align_labels, load_video_dataset
 from hf_inti.data.layouts import LAYOUTS
 from hf_inti.hub.metadata import fingerprint
+from hf_inti.training.checkpoints import CompressionOverride, load_classifier
 from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.training.evaluation import EvalTransform, end_processes, evaluate_loader, evaluation_loader
 from hf_inti.training.metrics import video_scores
@@ -41,7 +35,15 @@ class EvaluationArguments:
     layout: str = field(default="auto", metadata={"help": f"Layout: auto, or one of {', '.join(LAYOUTS)}."})
     split: str = field(default="test", metadata={"help": "Which split, where the dataset has splits."})
     video_root: str | None = field(default=None, metadata={"help": "Where a list's videos lie; default: beside it."})
+    compression: str | None = field(
+        default=None,
+        metadata={"help": "Another compression, without training: tome, sta, linear_pooling or none; on VideoMAE sta."},
+    )
+    compression_layers: list[int] | None = field(default=None, metadata={"help": "Its positions, counted from 1."})
+    compression_options: dict | None = field(default=None, metadata={"help": "Its options, a mapping (JSON)."})
     num_frames: int | None = field(default=None, metadata={"help": "Frames of each clip; default: as in training."})
+    sampling: str | None = field(default=None, metadata={"help": "uniform or dense; default: as in training."})
+    frame_stride: int | None = field(default=None, metadata={"help": "Distance of frames in dense sampling."})
     num_clips: int = field(default=1, metadata={"help": "Clips of each video."})
     num_crops: int = field(default=1, metadata={"help": "Crops of each clip: 1 (centre) or 3."})
     batch_size: int = field(default=8, metadata={"help": "Videos in each batch of each process."})
@@ -52,10 +54,11 @@ class EvaluationArguments:
 def main() -> None:
     args = parse_arguments(EvaluationArguments, ["model"], description=__doc__)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    model = InTIClipForVideoClassification.from_pretrained(args.model)
-    processor = InTIClipVideoProcessor.from_pretrained(args.model)
-    if args.num_frames is not None:
-        processor.num_frames = args.num_frames
+    override = CompressionOverride(args.compression, args.compression_layers, args.compression_options)
+    model, processor = load_classifier(args.model, override)
+    for name in ("num_frames", "sampling", "frame_stride"):
+        if getattr(args, name) is not None:
+            setattr(processor, name, getattr(args, name))
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     with accelerator.main_process_first():
         dataset = load_video_dataset(args.data_dir, layout=args.layout, split=args.split, video_root=args.video_root)

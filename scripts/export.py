@@ -7,13 +7,6 @@ clips, and each holds labels, frames, size and normalisation as metadata. Each f
 model on random clips (int8, which is meant to differ, is only reported).
 """
 
-import os
-import sys
-
-
-# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
-sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -6,14 +6,9 @@ Takes files, folders (searched for videos) and URLs; prints a table, or JSON lin
 and then the exit status is 1.
 """
 
+import json
 import os
 import sys
-
-
-# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
-sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
-
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 

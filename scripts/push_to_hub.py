@@ -6,13 +6,6 @@ Before anything is sent, a clean process without this package loads the files an
 same again makes no commit. Log in first with `hf auth login`, or set HF_TOKEN.
 """
 
-import os
-import sys
-
-
-# This folder comes first in the search path, where its evaluate.py would be taken for the package of that name.
-sys.path = [place for place in sys.path if os.path.realpath(place) != os.path.dirname(os.path.realpath(__file__))]
-
 from dataclasses import asdict, dataclass, field
 
 from huggingface_hub.utils import enable_progress_bars

@@ -100,7 +100,7 @@ def fingerprint(model: InTIClipForVideoClassification) -> str:
     """SHA-256 of a model's method, labels and weights: by it a results file is known to be of a model."""
     config = model.config
     labels = [config.id2label[i] for i in range(config.num_labels)]
-    what = [*(getattr(config, name) for name in METHOD + TOWER), labels]
+    what = [*(getattr(config, name, None) for name in METHOD + TOWER), labels]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,0 +1,170 @@
+"""Evaluating a trained model under another compression, and a VideoMAE."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+from conftest import TINY, write_video
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
+from hf_inti.hosts.videomae import apply_sta
+from hf_inti.training.checkpoints import CompressionOverride, load_classifier
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+NAMES = ["closes", "opens"]
+
+
+def labels() -> dict:
+    return {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Naive, an InTI and a VideoMAE, each with its processor, and videos of two classes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    for compression in ("none", "inti"):
+        config = InTIClipVisionConfig(**TINY, num_frames=8, compression=compression, **labels())
+        model = InTIClipForVideoClassification(config)
+        with torch.no_grad():
+            model.classifier.weight.normal_()
+        model.save_pretrained(folder / compression)
+        side = {"height": 32, "width": 32}
+        processor = InTIClipVideoProcessor(num_frames=8, size={"shortest_edge": 32}, crop_size=side)
+        processor.save_pretrained(folder / compression)
+    config = VideoMAEConfig(
+        image_size=32, patch_size=8, num_frames=8, hidden_size=24, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=36, initializer_range=0.3, **labels(),
+    )  # fmt: skip
+    VideoMAEForVideoClassification(config).save_pretrained(folder / "videomae")
+    settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3], "resample": 2}
+    (folder / "videomae" / "preprocessor_config.json").write_text(json.dumps(settings))
+    for i, name in enumerate(NAMES * 2):
+        write_video(folder / "videos" / name / f"{i}.mp4", seed=i)
+    return folder
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    return torch.randn(2, 8, 3, 32, 32)
+
+
+def logits(model, pixel_values) -> torch.Tensor:
+    with torch.no_grad():
+        return model(pixel_values).logits
+
+
+@pytest.mark.parametrize(
+    "compression, options", [("tome", {"r": 2}), ("sta", {"r": 6}), ("linear_pooling", None), ("none", None)]
+)
+def test_a_trained_naive_under_another_compression(compression, options, folder, pixel_values):
+    model, _ = load_classifier(folder / "none", CompressionOverride(compression, compression_options=options))
+    trained = InTIClipForVideoClassification.from_pretrained(folder / "none")
+    config = InTIClipVisionConfig.from_dict(
+        {**trained.config.to_dict(), "compression": compression, "compression_options": options or {}}
+    )
+    by_hand = InTIClipForVideoClassification(config).eval()
+    by_hand.load_state_dict(trained.state_dict(), strict=False)
+    torch.testing.assert_close(logits(model, pixel_values), logits(by_hand, pixel_values))
+    assert torch.equal(logits(model, pixel_values), logits(trained.eval(), pixel_values)) is False or (
+        compression == "none"
+    )
+    assert model.config.compression == compression and not model.training
+
+
+def test_r_zero_is_the_trained_model(folder, pixel_values):
+    plain = load_classifier(folder / "none")[0]
+    model = load_classifier(folder / "none", CompressionOverride("sta", compression_options={"r": 0}))[0]
+    torch.testing.assert_close(logits(model, pixel_values), logits(plain, pixel_values))
+
+
+def test_positions_may_be_given(folder, pixel_values):
+    model, _ = load_classifier(folder / "none", CompressionOverride("linear_pooling", [1, 3]))
+    assert model.config.compression_layers == [1, 3]
+    with torch.no_grad():
+        assert model(pixel_values, output_hidden_states=True).hidden_states[-1].shape[1] == 2
+
+
+@pytest.mark.parametrize("compression", ["inti", "conv_pooling", "stts"])
+def test_compressions_that_need_training_are_refused(compression, folder):
+    with pytest.raises(ValueError, match="choose tome, sta, linear_pooling or none"):
+        load_classifier(folder / "none", CompressionOverride(compression))
+
+
+def test_the_checkpoints_own_compression_keeps_its_weights(folder, pixel_values):
+    plain = load_classifier(folder / "inti")[0]
+    same = load_classifier(folder / "inti", CompressionOverride("inti"))[0]
+    assert same.config.compression_layers == plain.config.compression_layers
+    torch.testing.assert_close(logits(same, pixel_values), logits(plain, pixel_values))
+
+
+def test_overrides_without_a_compression_are_refused():
+    for options in ({"compression_options": {"r": 3}}, {"compression_layers": [1]}):
+        with pytest.raises(ValueError, match="compression must be given"):
+            CompressionOverride(**options)
+
+
+def test_videomae(folder, pixel_values):
+    plain = VideoMAEForVideoClassification.from_pretrained(folder / "videomae").eval()
+    model, processor = load_classifier(folder / "videomae")
+    assert torch.equal(logits(model, pixel_values), logits(plain, pixel_values))
+    assert (processor.num_frames, processor.resample) == (8, 2)
+    assert list(processor.image_mean) == [0.4, 0.5, 0.6] and list(processor.image_std) == [0.2, 0.2, 0.3]
+    assert processor.crop_size["height"] == 32 and processor.size["shortest_edge"] == 32
+    model, _ = load_classifier(
+        folder / "videomae", CompressionOverride("sta", compression_options={"r": 6, "order": "B"})
+    )
+    assert torch.equal(logits(model, pixel_values), logits(apply_sta(plain, r=6, order="B"), pixel_values))
+    with pytest.raises(ValueError, match="must be sta or none on a VideoMAE"):
+        load_classifier(folder / "videomae", CompressionOverride("tome"))
+    with pytest.raises(ValueError, match="compression_options must be those of"):
+        load_classifier(folder / "videomae", CompressionOverride("sta", compression_options={"R": 6}))
+
+
+def test_other_checkpoints_are_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vivit"}))
+    with pytest.raises(ValueError, match="got model_type 'vivit'"):
+        load_classifier(tmp_path)
+
+
+def evaluate(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / "evaluate.py"), run_name="__main__")
+    assert not end.value.code, end.value.code
+
+
+@pytest.mark.parametrize("name", ["none", "videomae"])
+def test_the_script_under_sta(name, folder, tmp_path, monkeypatch):
+    sta = ["--compression", "sta", "--compression_options", '{"r": 6}']
+    evaluate(monkeypatch, folder / name, "--data_dir", folder / "videos", "--output_dir", tmp_path, *sta)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["num_videos"] == 4 and results["num_unreadable"] == 0
+    assert results["arguments"]["EvaluationArguments"]["compression"] == "sta"
+    assert results["arguments"]["EvaluationArguments"]["compression_options"] == {"r": 6}
+
+
+def test_sampling_may_be_given(folder, tmp_path, monkeypatch):
+    dense = ["--sampling", "dense", "--frame_stride", "1", "--num_frames", "4"]
+    evaluate(monkeypatch, folder / "none", "--data_dir", folder / "videos", "--output_dir", tmp_path, *dense)
+    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["frames"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "compare", "push_to_hub"])
+def test_scripts_find_the_evaluate_library(name):
+    done = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_metrics_find_the_evaluate_library():
+    code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import hf_inti.training.metrics as m; print(m.evaluate)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "site-packages" in done.stdout, done.stdout + done.stderr
