@@ -38,7 +38,7 @@ FOLDER = ROOT / "results" / "mutants"
 CONFIG = ROOT / "tests" / "mutation" / "cosmic_ray.toml"
 SESSION, COVERING = FOLDER / "session.sqlite", FOLDER / "covering.json"
 TESTS = (
-    "adaptations compression_inti configuration contract inference methods method_references modeling old_checkpoints "
+    "adaptations compression_inti configuration contract inference methods method_references modeling "
     "reference_vectors sta stts video_processing"
 ).split()
 SLOW = 4.0  # seconds; slower tests are left out
@@ -86,13 +86,19 @@ class Chosen:
         items[:] = sorted((i for i in items if i.nodeid in self.rank), key=lambda i: self.rank[i.nodeid])
 
 
-def find_covering_tests() -> dict[str, dict[str, list[str]]]:
-    """For each file of the model and line, the tests that run it, the fastest first; line "0" is the whole file's."""
+def find_covering_tests() -> dict[str, dict]:
+    """ "tests": for each file of the model and line, the tests that run it, the fastest first; line "0" stands for all.
+
+    "seconds": of each test.
+    """
     files = [f"tests/test_{name}.py" for name in TESTS]
     durations = Durations()
     data_file = tempfile.mktemp(suffix=".coverage")
     os.environ["COVERAGE_FILE"] = data_file
-    if run_pytest(files, durations, "--cov=hf_inti/model", "--cov-context=test", "--cov-report=") != 0:
+    if (
+        run_pytest(files, durations, "-p", "pytest_cov", "--cov=hf_inti/model", "--cov-context=test", "--cov-report=")
+        != 0
+    ):
         raise SystemExit("error: the tests must pass before anything is mutated.")
     data = coverage.CoverageData(data_file)
     data.read()
@@ -106,7 +112,7 @@ def find_covering_tests() -> dict[str, dict[str, list[str]]]:
                     lines["0"].add(test)
         key = durations.seconds.__getitem__
         covering[Path(path).name] = {line: sorted(tests, key=key) for line, tests in lines.items()}
-    return covering
+    return {"tests": covering, "seconds": durations.seconds}
 
 
 class MutatedLoader(SourceFileLoader):
@@ -139,7 +145,7 @@ def tests_for(mutation, covering: dict) -> list[str]:
     return [test for test in order if test in found] if found else order
 
 
-def try_mutant(mutation, tests: list[str], diff_file: str) -> int:
+def try_mutant(mutation, tests: list[str], seconds: dict[str, float], diff_file: str) -> int:
     """In a process of its own: the exit status of the tests with the mutant in place."""
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -153,8 +159,8 @@ def try_mutant(mutation, tests: list[str], diff_file: str) -> int:
     by_file: dict[str, list[str]] = defaultdict(list)
     for test in tests:
         by_file[test.partition("::")[0]].append(test)
-    # File by file, since collecting takes longer than running; small files first, which are about one thing.
-    for file in sorted(by_file, key=lambda file: os.path.getsize(ROOT / file)):
+    # File by file, since collecting takes longer than running.
+    for file in sorted(by_file, key=lambda file: sum(seconds[test] for test in by_file[file])):
         if status := run_pytest([file], Chosen(by_file[file]), "-x"):
             return int(status)
     return 0
@@ -162,12 +168,12 @@ def try_mutant(mutation, tests: list[str], diff_file: str) -> int:
 
 def start(item, covering: dict, diff_file: str) -> int:
     mutation = item.mutations[0]
-    tests = tests_for(mutation, covering)
+    tests = tests_for(mutation, covering["tests"])
     pid = os.fork()
     if pid == 0:
         os.setsid()
         try:
-            status = try_mutant(mutation, tests, diff_file) if tests else 0
+            status = try_mutant(mutation, tests, covering["seconds"], diff_file) if tests else 0
         except BaseException:
             Path(diff_file).write_text(traceback.format_exc())
             status = BROKEN
@@ -244,6 +250,7 @@ def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     sys.dont_write_bytecode = True
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # loading them takes half a second
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not SESSION.exists():
         tools = Path(sys.executable).parent
