@@ -21,13 +21,12 @@ from transformers.utils.logging import disable_progress_bar
 from hf_inti.training.cli import run_script
 
 
-# The module of the package and the function in it.
 COMMANDS = {
-    "models": ("benchmarks.models", "main"),
-    "growth": ("benchmarks.growth", "main"),
-    "decoding": ("benchmarks.decoding", "main"),
-    "prediction": ("benchmarks.decoding", "main_prediction"),
-    "export": ("benchmarks.export", "main"),
+    "models": "benchmarks.models",
+    "growth": "benchmarks.growth",
+    "decoding": "benchmarks.decoding",
+    "prediction": "benchmarks.prediction",
+    "export": "benchmarks.export",
 }
 
 
@@ -37,8 +36,7 @@ def main() -> int:
     parser.add_argument("arguments", nargs=REMAINDER, help="[CONFIG.yaml] --flags of that command.")
     args = parser.parse_args()
     disable_progress_bar()  # of loading weights, beside ours
-    module, function = COMMANDS[args.command]
-    return getattr(import_module(f"hf_inti.{module}"), function)(args.arguments)
+    return import_module(f"hf_inti.{COMMANDS[args.command]}").main(args.arguments)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,19 @@
 device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what follows to hf_inti.comparison.run.
 """
 
-from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
 from textwrap import fill
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipVisionConfig
 from hf_inti.hosts.videomae import apply_sta
-from hf_inti.measure.costs import count_costs
+from hf_inti.measure.costs import count_costs, count_flops
+from hf_inti.measure.jobs import write_json
+from hf_inti.measure.records import provenance, source_line
+from hf_inti.measure.tables import markdown_table
 from hf_inti.papers.published import REASONS, TABLES, TOWERS, VIDEOMAE, Table
 from hf_inti.training.cli import run_script
 
@@ -28,18 +31,6 @@ attention's two products, without norms, activations, softmax and weighted sums.
 row may mean, the first the likeliest; temp is UniFormerV2's modules. Positions of L/14 are twice those named. Why
 differences above 0.5 remain is told below, under the name in the last column.
 """
-
-
-def print_table(rows: list[list[str]], texts: set[int]) -> None:
-    """A Markdown table of `rows`, the first its heads; columns are aligned, those in `texts` to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for n, row in enumerate(rows):
-        cells = [cell.ljust(widths[i]) if i in texts else cell.rjust(widths[i]) for i, cell in enumerate(row)]
-        print("| " + " | ".join(cells) + " |")
-        if n == 0:
-            lines = ["-" * (width + 1) + ("-" if i in texts else ":") for i, width in enumerate(widths)]
-            print("|" + "|".join(lines) + "|")
-    print(flush=True)
 
 
 def beside(published: float | None, counted: float) -> list[str]:
@@ -71,7 +62,6 @@ def videomae_gmacs(sizes: dict, rates: list[int]) -> list[float]:
     """
     config = VideoMAEConfig(**sizes, intermediate_size=4 * sizes["hidden_size"], num_labels=400)
     with torch.device("meta"):
-        # Eager attention, since the counter does not see inside every fused kernel.
         model = VideoMAEForVideoClassification._from_config(config, attn_implementation="eager").eval()
         model.requires_grad_(False)
         pixel_values = torch.empty(1, config.num_frames, config.num_channels, config.image_size, config.image_size)
@@ -81,46 +71,59 @@ def videomae_gmacs(sizes: dict, rates: list[int]) -> list[float]:
             module.register_forward_hook(lambda module, args, output: norms.append(5 * output.numel()))
     for r in rates:
         norms.clear()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            apply_sta(model, r=r)(pixel_values)
+        counter = count_flops(apply_sta(model, r=r), pixel_values)
         counts.append((counter.get_total_flops() / 2 + sum(norms)) / 1e9)
     return counts
 
 
-def costs() -> None:
-    """Print the InTI paper's tables and Table 2 of the STA paper beside our counts."""
-    print(INTRODUCTION)
-    for table in TABLES:
-        print(f"{table.title}\n")
-        print_table([HEADS, *rows_of(table)], texts={0, 1, 2, 9})
-    print("Why:")
-    for name, reason in REASONS.items():
-        print(fill(f"- {name}: {reason}", width=120, subsequent_indent="  "))
-    print("\nTable 2 of the STA paper: VideoMAE, patches of 16, r tokens of a frame dropped at the first stage\n")
+def cost_tables() -> list[tuple[str, list[list[str]], set[int]]]:
+    """Title, rows with their heads first, and the columns of text, of every table."""
+    tables = [(table.title, [HEADS, *rows_of(table)], {0, 1, 2, 9}) for table in TABLES]
     rows = [["model", "r", "GFLOPs", "GMACs", "diff"]]
     for name, (sizes, published) in VIDEOMAE.items():
         for (r, gflops), gmacs in zip(published.items(), videomae_gmacs(sizes, list(published)), strict=True):
             rows.append([name, str(r), *beside(gflops, gmacs)])
-    print_table(rows, texts={0})
-    print("Norms are counted here as in that paper: 0.1 (S) to 0.7 (H). It rounds some figures and cuts others.")
-    print("\nInTI-B 5,7 by part\n")
+    tables.append(("Table 2 of the STA paper: VideoMAE, r tokens of a frame dropped at the first stage", rows, {0}))
     parts = count_costs(InTIClipVisionConfig(**TOWERS["B/16"], num_labels=400)).items()
     rows = [[part, f"{cost.gmacs:.2f}", f"{cost.mparams:.2f}"] for part, cost in parts]
-    print_table([["part", "GMACs", "M params"], *rows], texts={0})
+    tables.append(("InTI-B 5,7 by part", [["part", "GMACs", "M params"], *rows], {0}))
+    return tables
+
+
+def costs(output_dir: str | None) -> None:
+    """Print every table of published costs with our counts; write costs.md and costs.json to `output_dir`."""
+    record, tables = provenance(), cost_tables()
+    text = INTRODUCTION
+    for title, rows, texts in tables:
+        text += f"\n{title}\n\n{markdown_table(rows[0], rows[1:], texts)}"
+    text += "\nWhy:\n"
+    for name, reason in REASONS.items():
+        text += fill(f"- {name}: {reason}", width=120, subsequent_indent="  ") + "\n"
+    text += (
+        "\nSTA's table counts norms, as its paper does: 0.1 (S) to 0.7 (H). It rounds some figures and cuts others.\n"
+    )
+    print(text)
+    if output_dir is not None:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "costs.md").write_text(f"{text}\n{source_line(record)}\n")
+        write_json(folder / "costs.json", {**record, "tables": {title: rows for title, rows, _ in tables}})
 
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("costs", "methods"), help="What to compare.")
-    parser.add_argument("arguments", nargs=REMAINDER, help="Of methods.")
-    args = parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_costs = commands.add_parser("costs", help="Print costs and published costs.")
+    of_costs.add_argument("--output_dir", help="Folder for costs.md and costs.json, such as results.")
+    commands.add_parser("methods", help="Train, evaluate and measure methods.", add_help=False)
+    args, rest = parser.parse_known_args()
     if args.command == "methods":
         from hf_inti.comparison.run import main as methods  # which needs much that costs does not
 
-        return methods(args.arguments)
-    if args.arguments:
-        parser.error(f"costs takes no arguments, got {' '.join(args.arguments)}.")
-    costs()
+        return methods(rest)
+    if rest:
+        of_costs.error(f"costs takes --output_dir alone, got {' '.join(rest)}.")
+    costs(args.output_dir)
     return 0
 
 

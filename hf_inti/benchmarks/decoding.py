@@ -1,4 +1,4 @@
-"""From video files to pixel values, beside other decoders; and scripts/predict.py beside its two halves.
+"""From video files to pixel values, compared with other decoders.
 
 Every contestant reads the same 16 frames, evenly spaced, and makes pixel values of them, float32 (16, 3, 224, 224):
 
@@ -10,18 +10,14 @@ Every contestant reads the same 16 frames, evenly spaced, and makes pixel values
   and (_threads) with as many as torch has. What is not installed is left out.
 """
 
-import contextlib
-import functools
 import gc
 import importlib
-import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -32,15 +28,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils import is_torchvision_available
 from transformers.video_utils import load_video
 
-from ..comparison.measure import resident
-from ..data.layouts import VIDEO_EXTENSIONS
-from ..measure.jobs import ROOT, Job, read_json, run_jobs, write_json
+from ..measure.jobs import Job, read_json, run_jobs, write_json
+from ..measure.memory import held, peak, reset_peak
 from ..measure.timing import TimingArguments, interleave, report, summary
-from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor, crop, sample_indices
-from ..training import evaluation
 from ..training.cli import parse_recipe, run_script
-from .models import build
 
 
 RATE = 30  # frames a second
@@ -221,14 +213,14 @@ def measure_memory(path: Path, warm_up: Path) -> dict:
     processor = InTIClipVideoProcessor()
     processor(warm_up)
     gc.collect()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is not what is asked for
-    before = resident("VmRSS")
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    before = held(cpu)
     begin = time.perf_counter()
     processor(path)
     seconds = time.perf_counter() - begin
-    peak = resident("VmHWM")
-    return {"seconds_once": seconds, "peak_memory_bytes": None if None in (before, peak) else peak - before}
+    most = peak(cpu)
+    return {"seconds_once": seconds, "peak_memory_bytes": None if None in (before, most) else most - before}
 
 
 def memory_of_lengths(folder: Path, lengths: list[int], threads: int) -> dict[str, dict]:
@@ -239,74 +231,10 @@ def memory_of_lengths(folder: Path, lengths: list[int], threads: int) -> dict[st
         path = make_clip(folder / f"{seconds}s.mp4", seconds, 340, 256, 250)
         output = folder / f"memory_{seconds}s.json"
         output.unlink(missing_ok=True)
-        arguments = ["hf_inti.benchmarks.decoding", "memory", str(output), str(path), str(warm_up)]
+        arguments = ["hf_inti.benchmarks.decoding", str(output), str(path), str(warm_up)]
         jobs.append(Job(f"{seconds}s", arguments, folder / "memory_log.txt", output))
     run_jobs(jobs, 1, threads, "Memory", lambda job: f"{job.name}: measured")
     return {job.name: read_json(job.output) for job in jobs}
-
-
-# What of scripts/predict.py a run does; the rest is done at once.
-HALVES = {"predict": ("decoding", "model"), "decoding": ("decoding",), "model": ("model",), "start": ()}
-
-
-def predict_halves(output: Path, halves: list[str], arguments: list[str]) -> None:
-    """In a process of its own: run scripts/predict.py with these arguments, and write its `seconds`.
-
-    Without "decoding" all clips are one that is there already, in the process of the model; without "model" all logits
-    are 0. All else, starting up included, is the same. What Python and torch take to start is not counted.
-    """
-    if "model" not in halves:
-
-        def at_once(self, pixel_values):
-            return SimpleNamespace(logits=torch.zeros(len(pixel_values), self.config.num_labels))
-
-        InTIClipForVideoClassification.forward = at_once
-    if "decoding" not in halves:
-        collate, blank = evaluation.collate, functools.cache(lambda self: self.blank()["pixel_values"])
-
-        @functools.cache
-        def stacked(clip: torch.Tensor, count: int) -> torch.Tensor:
-            return torch.stack([clip] * count)
-
-        def collate_at_once(items: list[dict]) -> dict:
-            pixel_values = stacked(items[0]["pixel_values"], len(items))
-            small = [{**item, "pixel_values": torch.empty(0)} for item in items]
-            return {**collate(small), "pixel_values": pixel_values}
-
-        evaluation.EvalTransform.__call__ = lambda self, video, generator=None: {"pixel_values": blank(self)}
-        evaluation.collate = collate_at_once
-        arguments = [*arguments, "--num_workers", "0"]
-    sys.argv = [str(ROOT / "scripts" / "predict.py"), *arguments]
-    begin = time.perf_counter()
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
-    write_json(output, {"seconds": time.perf_counter() - begin})
-
-
-def measure_prediction(model: str, videos: Path, repetitions: int, threads: int, folder: Path) -> dict[str, dict]:
-    """Rows `predict`, `decoding`, `model` and `start`: scripts/predict.py whole and in halves, in turns.
-
-    All four have the same start: imports, loading the model, starting the worker. `predict` also has `of_slower`, its
-    time as a share of the slower half's, and `of_slower_begun`, both less the start.
-    """
-    jobs = []
-    for n in range(repetitions):
-        for name, halves in HALVES.items():
-            output = folder / f"{name}_{n}.json"
-            output.unlink(missing_ok=True)
-            arguments = ["hf_inti.benchmarks.decoding", "predict", str(output), ",".join(halves), model, str(videos)]
-            jobs.append(Job(f"{name} {n + 1}", arguments, folder / "predict_log.txt", output))
-    run_jobs(jobs, 1, threads, "Predicting", lambda job: f"{job.name}: {read_json(job.output)['seconds']:.1f} s")
-    rows = {}
-    for name in HALVES:
-        rows[name] = summary([read_json(folder / f"{name}_{n}.json")["seconds"] for n in range(repetitions)])
-    whole, start = rows["predict"]["seconds"], rows["start"]["seconds"]
-    slower = max(rows["decoding"]["seconds"], rows["model"]["seconds"])
-    rows["predict"] |= {"of_slower": whole / slower, "of_slower_begun": (whole - start) / (slower - start)}
-    return rows
 
 
 @dataclass
@@ -353,45 +281,6 @@ def main(arguments: list[str]) -> int:
     return report("Decoding", rows, args, about.strip())
 
 
-@dataclass
-class PredictionArguments(TimingArguments):
-    """What is predicted."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "A trained model: a folder; default: InTI-B, 5 and 7, with random weights."}
-    )
-    videos: str | None = field(default=None, metadata={"help": "A folder of videos; default: such as are made."})
-    num_videos: int = field(default=100, metadata={"help": "How many are made, of 10 seconds and 340 x 256."})
-
-
-def main_prediction(arguments: list[str]) -> int:
-    """`benchmark.py prediction`. Raises ValueError for settings that do not fit and for a run that failed."""
-    args = parse_recipe([PredictionArguments], arguments, description="scripts/predict.py beside its two halves.")[0]
-    args.pin_threads()
-    folder = Path(args.output_dir)
-    videos = Path(args.videos or folder / "videos")
-    videos.mkdir(parents=True, exist_ok=True)
-    if args.videos is None:
-        first = make_clip(videos / "000.mp4", ENCODED_SECONDS, 340, 256, 250)
-        for n in range(1, args.num_videos):
-            (videos / f"{n:03d}.mp4").write_bytes(first.read_bytes())
-    model = args.model or str(folder / "model")
-    if args.model is None:
-        build({"size": "B/16", "compression_layers": [5, 7]}).save_pretrained(model)
-        InTIClipVideoProcessor().save_pretrained(model)
-    count = sum(path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS for path in videos.rglob("*"))
-    rows = measure_prediction(model, videos, args.repetitions, torch.get_num_threads(), folder)
-    about = (
-        f"scripts/predict.py on {count} videos, its decoding alone (logits at once), its model alone (clips at once) "
-        f"and neither (its start, which is part of all): it takes {rows['predict']['of_slower']:.2f} times the slower "
-        f"half, {rows['predict']['of_slower_begun']:.2f} times without the start."
-    )
-    return report("Prediction", rows, args, about)
-
-
-if __name__ == "__main__":  # as the functions above start it
-    task, target, *rest = sys.argv[1:]
-    if task == "memory":
-        run_script(lambda: write_json(Path(target), measure_memory(*map(Path, rest))))
-    else:
-        run_script(lambda: predict_halves(Path(target), rest[0].split(","), rest[1:]))
+if __name__ == "__main__":  # as memory_of_lengths starts it
+    target, *paths = sys.argv[1:]
+    run_script(lambda: write_json(Path(target), measure_memory(*map(Path, paths))))

@@ -18,7 +18,6 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -33,8 +32,9 @@ from transformers import (
     XCLIPModel,
 )
 
-from ..comparison.measure import resident
+from ..measure.costs import count_flops
 from ..measure.jobs import Job, read_json, run_jobs, write_json
+from ..measure.memory import held, peak, reset_peak
 from ..measure.timing import TimingArguments, interleave, report, summary
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
@@ -215,9 +215,7 @@ def count_macs(spec: dict) -> int:
         model = build(spec, "eager").eval().requires_grad_(False)  # the counter does not see inside fused kernels
         frames, size = frames_and_size(spec)
         pixel_values = torch.empty(1, frames, 3, size, size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(pixel_values)
-    return counter.get_total_flops() // 2
+    return count_flops(model, pixel_values).get_total_flops() // 2
 
 
 def runnable(spec: dict, how: RunOptions) -> Callable[[], torch.Tensor]:
@@ -302,29 +300,19 @@ def measure_memory(spec: dict, how: RunOptions) -> dict:
     `activation_memory_bytes` is the peak of a training step beyond weights, gradients and the optimiser's state.
     """
     device = PartialState().device
-    cuda = device.type == "cuda"
-
-    def now() -> int | None:
-        return torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
-
     clips(spec, how.batch_size, device)
-    before = now()
+    before = held(device)
     run = runnable(spec, how)
     run()  # the optimiser's state, and whatever is set up once
-    held = now()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # then the peak is that of building the model, which nobody asked for
-            return {}
-    run()
-    peak = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
-    if None in (before, held, peak):
+    ready = held(device)
+    if not reset_peak(device):
         return {}
-    activations = {"activation_memory_bytes": peak - held} if how.mode == "training" else {}
-    return {"peak_memory_bytes": peak - before, **activations}
+    run()
+    most = peak(device)
+    if None in (before, ready, most):
+        return {}
+    activations = {"activation_memory_bytes": most - ready} if how.mode == "training" else {}
+    return {"peak_memory_bytes": most - before, **activations}
 
 
 def memory_of_all(models: dict[str, dict], how: RunOptions, folder: Path, threads: int) -> dict[str, dict]:

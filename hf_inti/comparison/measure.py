@@ -1,19 +1,19 @@
 """Speed, memory, multiply-adds and parameters of a trained model, measured in a process that does nothing else."""
 
-import contextlib
 import json
-import platform
 import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
 from ..measure.costs import count_costs
 from ..measure.jobs import write_json
+from ..measure.memory import held, peak, reset_peak
+from ..measure.records import conditions
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..training.arguments import TrainingArguments
 from ..training.cli import run_script
@@ -23,36 +23,6 @@ from ..training.setup import build_optimizer
 WARM_UP = 3  # repetitions that do not count
 REPETITIONS = (5, 40)  # at least, and at most
 SECONDS = 10.0  # after which no more are begun, beyond the least
-
-
-def conditions(batch_size: int, threads: int) -> dict:
-    """What speeds are only comparable under."""
-    device = PartialState().device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "batch_size": batch_size,
-        "device": f"{device.type}: {name}",
-        "threads": threads,
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def resident(name: str) -> int | None:
-    """VmRSS or VmHWM (its peak) of this process in bytes; None where the system does not tell.
-
-    getrusage will not do: its peak is inherited from the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    found = [line for line in lines if line.startswith(name + ":")]
-    return 1024 * int(found[0].split()[1]) if found else None
 
 
 def measure(folder: Path, batch_size: int) -> dict:
@@ -103,27 +73,25 @@ def measure(folder: Path, batch_size: int) -> dict:
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    with contextlib.suppress(OSError):  # the peak so far, of loading, is not what is asked for
-        Path("/proc/self/clear_refs").write_text("5")
-    loaded = resident("VmRSS")
+    reset_peak(device)  # so far it is that of loading
+    loaded = held(device)
     for _ in range(WARM_UP):
         forward()
         train()
     times: dict[str, list[float]] = {"forward": [], "training": []}
-    least, most = REPETITIONS
+    fewest, many = REPETITIONS
     end = time.perf_counter() + SECONDS
-    while len(times["forward"]) < least or (len(times["forward"]) < most and time.perf_counter() < end):
+    while len(times["forward"]) < fewest or (len(times["forward"]) < many and time.perf_counter() < end):
         times["forward"].append(seconds(forward))  # in turns, so that both meet the same disturbances
         times["training"].append(seconds(train))
-    if cuda:
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = None if loaded is None else resident("VmHWM") - loaded
+    most = peak(device)
+    if not cuda:  # beyond what Python and torch take
+        most = None if None in (loaded, most) else most - loaded
     return {
         "conditions": conditions(batch_size, torch.get_num_threads()),
         **counts,
         **{f"{name}_clips_per_second": batch_size / median(values) for name, values in times.items()},
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": most,
     }
 
 

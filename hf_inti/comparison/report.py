@@ -4,6 +4,10 @@ import csv
 from pathlib import Path
 from statistics import mean, stdev
 
+from ..measure.jobs import write_json
+from ..measure.records import provenance, source_line
+from ..measure.tables import markdown_table
+
 
 HEADS = ["method", "top-1 %", "GMACs", "M params", "M trained", "forward clips/s", "training clips/s", "peak memory MB"]
 
@@ -11,7 +15,7 @@ HEADS = ["method", "top-1 %", "GMACs", "M params", "M trained", "forward clips/s
 def write_report(
     results: dict[str, list[dict]], measurements: dict[str, dict], seeds: list[int], about: str, folder: Path
 ) -> str:
-    """Write comparison.md, comparison.csv and comparison.png into `folder`.
+    """Write comparison.json, .csv, .md and .png into `folder`.
 
     Args:
         results: of each method the last evaluation of each seed, with `eval_top1` in [0, 1].
@@ -31,20 +35,25 @@ def write_report(
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows({**row, "top1_of_seeds": " ".join(map(str, row["top1_of_seeds"]))} for row in rows)
-    text = markdown(rows) + "\n" + notes([m["conditions"] for m in measurements.values()], seeds, about)
+    conditions, record = [m["conditions"] for m in measurements.values()], provenance()
+    text = f"{markdown(rows)}\n{notes(conditions, seeds, about)}\n{source_line(record)}\n"
     (folder / "comparison.md").write_text(text)
+    write_json(
+        folder / "comparison.json",
+        {"about": about, "seeds": seeds, **record, "conditions": conditions[0], "rows": rows},
+    )
     accuracy_picture(rows, folder / "comparison.png")
     return text
 
 
 def markdown(rows: list[dict]) -> str:
-    table = [HEADS]
+    lines = []
     for row in rows:
         accuracy = f"{100 * row['top1']:.1f}"
         if row["top1_std"] is not None:
             accuracy += f" ± {100 * row['top1_std']:.1f}"
         memory = row["peak_memory_bytes"]
-        table.append(
+        lines.append(
             [
                 row["method"],
                 accuracy,
@@ -56,13 +65,7 @@ def markdown(rows: list[dict]) -> str:
                 "-" if memory is None else f"{memory / 1e6:.0f}",
             ]
         )
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADS))]
-    lines = []
-    for row in table:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *cells[1:]])} |\n")
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|\n")
-    return "".join(lines)
+    return markdown_table(HEADS, lines)
 
 
 def notes(conditions: list[dict], seeds: list[int], about: str) -> str:

@@ -19,11 +19,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ..measure.jobs import ROOT, Job, read_json, run_jobs, write_json
+from ..measure.records import conditions
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
-from ..training.cli import parse_recipe
-from ..training.run_info import FREE_SETTINGS
+from ..training.cli import flags_of, parse_recipe
+from ..training.run_info import first_change, settings_of
 from ..training.setup import build_model
-from .measure import conditions
 from .report import write_report
 
 
@@ -104,17 +104,6 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, passed
 
 
-def flags_of(settings: dict) -> list[str]:
-    """Settings as flags of train.py."""
-    flags = []
-    for name, value in settings.items():
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
-
-
 def plan_runs(args: ComparisonArguments, passed: list[str]) -> list[Run]:
     """All runs, the first seed of every method first: a first table, and every mistake, come early.
 
@@ -144,14 +133,15 @@ def check_settings(run: Run) -> None:
     before = read_json(run.folder / "run.json")
     if before is None:
         return
-    before = {name: value for part in before["arguments"].values() for name, value in part.items()}
-    now = json.loads(json.dumps({name: value for part in run.parsed for name, value in asdict(part).items()}))
-    for name, value in now.items():
-        if name not in FREE_SETTINGS and value != before.get(name):
-            raise ValueError(
-                f"seed {run.seed} was trained with {name} = {before.get(name)!r}, and now it is {value!r}; give that, "
-                f"remove {run.folder}, or compare in another --output_dir."
-            )
+    changed = first_change(
+        settings_of(before["arguments"]), settings_of({str(i): asdict(a) for i, a in enumerate(run.parsed)})
+    )
+    if changed is not None:
+        name, old, new = changed
+        raise ValueError(
+            f"{name} must be {old!r} as seed {run.seed} was trained with, got {new!r}; give that, remove {run.folder}, "
+            "or compare in another output_dir."
+        )
 
 
 def train_all(runs: list[Run], args: ComparisonArguments) -> None:

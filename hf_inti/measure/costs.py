@@ -34,6 +34,17 @@ class Cost(NamedTuple):
         return self.parameters / 1e6
 
 
+def count_flops(model: torch.nn.Module, *inputs: torch.Tensor) -> FlopCounterMode:
+    """A counter that has seen one forward pass; a multiply-add is two operations.
+
+    The model needs eager attention, since the counter does not see inside every fused kernel.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*inputs)
+    return counter
+
+
 def count_costs(config: InTIClipVisionConfig, num_frames: int | None = None) -> dict[str, Cost]:
     """Count one clip of `num_frames` (default: the configuration's) at the configuration's image size.
 
@@ -41,15 +52,12 @@ def count_costs(config: InTIClipVisionConfig, num_frames: int | None = None) -> 
     Raises ValueError as the model does, for example for a number of frames that cannot be halved.
     """
     with torch.device("meta"):
-        # Eager attention, since the counter does not see inside every fused kernel.
         model = InTIClipForVideoClassification._from_config(config, attn_implementation="eager").eval()
         model.requires_grad_(False)
         size = config.image_size
         frames = config.num_frames if num_frames is None else num_frames
         pixel_values = torch.empty(1, frames, config.num_channels, size, size)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(pixel_values)
+    counter = count_flops(model, pixel_values)
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(model).__name__
     costs = {}

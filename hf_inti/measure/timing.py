@@ -18,8 +18,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 
-from ..comparison.measure import conditions
 from .jobs import write_json
+from .records import conditions, provenance, source_line
+from .tables import markdown_table
 
 
 WARM_UP = 2  # repetitions that do not count
@@ -156,17 +157,6 @@ class Verdict(NamedTuple):
     met: bool
 
 
-def table(heads: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
-    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    rows = [
-        [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        for line in [heads, *lines]
-    ]
-    rows.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
 # What a table shows of a row: the field, its head, and how its number is written.
 COLUMNS = {
     "gmacs": ("GMACs", "{:.4g}"),
@@ -203,7 +193,7 @@ def report(
     """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    where = conditions(batch_size, torch.get_num_threads())
+    where, record = conditions(batch_size, torch.get_num_threads()), provenance()
     verdicts, mistakes = [], []
     for requirement in args.require:
         try:
@@ -212,20 +202,22 @@ def report(
             mistakes.append(error)
     fields = [name for name in COLUMNS if any(row.get(name) is not None for row in rows.values())]
     heads = ["", *(COLUMNS[name][0] for name in fields)]
-    text = f"### {title}\n\n" + table(heads, [[name, *(cell(f, row) for f in fields)] for name, row in rows.items()])
+    lines = [[name, *(cell(f, row) for f in fields)] for name, row in rows.items()]
+    text = f"### {title}\n\n" + markdown_table(heads, lines)
     text += (
         f"\n{about} Medians of {args.repetitions} repetitions in turns (quartiles in brackets), {where['device']}, "
-        f"{where['threads']} threads, torch {where['torch']}.\n"
+        f"{where['threads']} threads, torch {where['torch']}.\n\n{source_line(record)}\n"
     )
     if verdicts:
         lines = [[v.text, f"{v.value:.3g}", f"{v.bound:.3g}", "met" if v.met else "MISSED"] for v in verdicts]
-        text += "\n" + table(["required", "measured", "bound", ""], lines)
+        text += "\n" + markdown_table(["required", "measured", "bound", ""], lines)
     (folder / "benchmark.md").write_text(text)
     write_json(
         folder / "benchmark.json",
         {
             "title": title,
             "about": about,
+            **record,
             "conditions": where,
             "rows": rows,
             "required": [v._asdict() for v in verdicts],

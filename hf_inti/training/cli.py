@@ -95,7 +95,16 @@ def _flags_of_yaml(path: Path, parser: _Parser, hints: dict) -> list[str]:
             if type(None) not in get_args(hints[name]):
                 raise ValueError(f"{path}: {name} must have a value, got none; give one or delete the line.")
             parser.set_defaults(**{name: None})
-        elif isinstance(value, list):
+        else:
+            flags += flags_of({name: value})
+    return flags
+
+
+def flags_of(settings: dict) -> list[str]:
+    """Settings as flags of the command line."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
