@@ -220,7 +220,8 @@ def plain(two_steps, train):
         "--color_jitter_prob 1", "--random_erasing_prob 1", "--rand_augment rand-m9-n2-mstd0.5-inc1", "--repeats 2",
         "--crop random_resized", "--sampling dense --frame_stride 1", "--classifier_dropout 0.5", "--seed 1",
         "--drop_path_rate 0.9", "--mixed_precision bf16", "--max_grad_norm 0.1", "--image_mean 0.4 0.4 0.4",
-        "--new_module_lr_multiplier 2", "--compression_options {\"cube\":\"dwconv\"}", "--decay_norms_and_biases",
+        "--new_module_lr_multiplier 2", "--head_lr_multiplier 2",
+        "--compression_options {\"cube\":\"dwconv\"}", "--decay_norms_and_biases",
         "--ema_decay 0.9", "--compression none", "--warmup_epochs 1", "--weight_decay 0.5",
     ],
 )  # fmt: skip
@@ -306,6 +307,28 @@ def test_goes_on_from_our_own_checkpoint(run, trained, data, tmp_path):
     config = json.loads((tmp_path / "out" / "last" / "config.json").read_text())
     assert (config["num_frames"], config["compression_layers"]) == (4, [1])
     assert_same_weights(tmp_path / "out" / "last", trained[0] / "best")
+
+
+def test_a_checkpoint_s_processor_is_kept(run, trained, data, tmp_path):
+    """A checkpoint trained as a K400 recipe says, with ImageNet's mean, or with dense sampling; flags still win."""
+    start = tmp_path / "start"
+    shutil.copytree(trained[0] / "best", start)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    own = InTIClipVideoProcessor.from_pretrained(
+        start, image_mean=mean, image_std=std, sampling="dense", frame_stride=2, resample=2
+    )
+    own.save_pretrained(start)
+    flags = f"--model {start} --train_dir {data} --eval_dir {data} --max_steps 1".split()
+    assert run("train", *flags, "--output_dir", tmp_path / "kept").code == 0
+    changes = "--sampling uniform --image_mean 0.4 0.5 0.6 --num_frames 2 --squash".split()
+    assert run("train", *flags, *changes, "--output_dir", tmp_path / "changed").code == 0
+    wanted = json.loads(own.to_json_string())
+    for name in ("best", "last"):
+        kept, changed = (InTIClipVideoProcessor.from_pretrained(tmp_path / f / name) for f in ("kept", "changed"))
+        assert json.loads(kept.to_json_string()) == wanted
+        size = {"height": 32, "width": 32}
+        different = {"sampling": "uniform", "image_mean": [0.4, 0.5, 0.6], "num_frames": 2, "size": size}
+        assert json.loads(changed.to_json_string()) == {**wanted, **different}
 
 
 def test_tracker(train, tmp_path):

@@ -1,5 +1,6 @@
-"""What the scripts are made of: recipes, optimiser groups, files that survive a kill, costs, pictures."""
+"""What the scripts are made of: recipes, processors, optimizer groups, files that survive a kill, costs, pictures."""
 
+import json
 import os
 from dataclasses import dataclass, field, fields
 
@@ -7,15 +8,18 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
-from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
+from hf_inti.data.augmentation import ClipAugmentation
 from hf_inti.measure.costs import PARTS, count_costs
 from hf_inti.model.video_decoding import VideoDecodingError
 from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from hf_inti.training.cli import parse_arguments, parse_recipe, run_script
 from hf_inti.training.run_info import check_same_run, describe_run
-from hf_inti.training.setup import build_optimizer, module_kind, parameter_groups
-from hf_inti.training.state import MetricsLog, newest_checkpoint, replace_folder
+from hf_inti.training.setup import TrainTransform, build_optimizer, build_processor, module_kind, parameter_groups
+from hf_inti.training.state import MetricsLog, TrainingState, newest_checkpoint, replace_folder
 from hf_inti.visualization import aggregated_frames, cascaded_weights, confusion_matrix, figure4, training_curves
 
 
@@ -121,6 +125,14 @@ def test_only_what_was_given_goes_into_the_configuration():
     assert model.config_options() == {"num_frames": 8, "drop_path_rate": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [("", None), ("--squash", True), ("--squash true", True), ("--squash false", False), ("--squash --flip", True)],
+)
+def test_squash_may_be_left_to_the_checkpoint(line, wanted):
+    assert parse_recipe(ALL, [*REQUIRED, *line.split()])[1].squash is wanted
+
+
 def test_help_of_every_setting():
     for c in ALL:
         for f in fields(c):
@@ -153,7 +165,80 @@ def test_errors_of_scripts_are_one_line():
         run_script(lambda: fail(RuntimeError("our bug")))
 
 
-# Optimiser ----------------------------------------------------------------------------------------
+# Processor and clips ------------------------------------------------------------------------------
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def options_of(processor: InTIClipVideoProcessor) -> dict:
+    """All options, as they are saved."""
+    return json.loads(processor.to_json_string())
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_config):
+    """An InTI-CLIP checkpoint whose processor has nothing from the defaults."""
+    tiny_config().save_pretrained(tmp_path)
+    side = {"height": 32, "width": 32}
+    InTIClipVideoProcessor(
+        **IMAGENET, sampling="dense", frame_stride=3, num_frames=8, size=side, crop_size=side, resample=2
+    ).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_an_inti_clip_checkpoint_keeps_its_processor(checkpoint, tiny_config):
+    before = InTIClipVideoProcessor.from_pretrained(checkpoint)
+    assert options_of(build_processor(checkpoint, tiny_config(), DataArguments())) == options_of(before)
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({"sampling": "uniform"}, {}),
+        ({"frame_stride": 2}, {}),
+        ({"image_mean": [0.1, 0.2, 0.3]}, {}),
+        ({"image_std": [0.5, 0.6, 0.7]}, {}),
+        ({"squash": False}, {"size": {"shortest_edge": 32}}),
+        ({"squash": True}, {"size": {"height": 32, "width": 32}}),
+        ({"num_frames": 4}, {}),
+    ],
+)
+def test_settings_override_the_checkpoint_s_processor(given, changed, checkpoint, tiny_config):
+    config = tiny_config(num_frames=given.get("num_frames", 8))
+    data = DataArguments(**{name: value for name, value in given.items() if name != "num_frames"})
+    wanted = options_of(InTIClipVideoProcessor.from_pretrained(checkpoint))
+    wanted |= changed or given
+    assert options_of(build_processor(checkpoint, config, data)) == wanted
+
+
+@pytest.mark.parametrize("squash", [None, True])
+def test_processor_for_clip(squash, tmp_path, tiny_config):
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    data = DataArguments(squash=squash, sampling="dense", frame_stride=2)
+    size = {"height": 32, "width": 32} if squash else {"shortest_edge": 32}
+    wanted = InTIClipVideoProcessor(
+        sampling="dense", frame_stride=2, num_frames=8, size=size, crop_size={"height": 32, "width": 32}
+    )
+    assert options_of(build_processor(str(tmp_path), tiny_config(), data)) == options_of(wanted)
+
+
+def test_a_checkpoint_without_a_processor_is_refused(tmp_path, tiny_config):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold a video processor"):
+        build_processor(str(tmp_path), tiny_config(), DataArguments())
+
+
+def test_training_clips_are_frames_not_pixel_values():
+    """uint8 until the model: the name pixel_values is for normalised floats."""
+    processor = InTIClipVideoProcessor(num_frames=4)
+    transform = TrainTransform(processor, ClipAugmentation(crop_size=24), size={"shortest_edge": 32})
+    video = torch.randint(256, (6, 3, 40, 60), dtype=torch.uint8)
+    clip = transform(video, torch.Generator().manual_seed(0), 2)
+    assert clip.keys() == {"frames", "labels"} and clip["labels"] == 2
+    assert clip["frames"].dtype == torch.uint8 and clip["frames"].shape == (4, 3, 24, 24)
+
+
+# Optimizer ----------------------------------------------------------------------------------------
 
 
 def settings(**values):
@@ -162,7 +247,7 @@ def settings(**values):
 
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_parameter_groups(decay_all, tiny_config):
-    model = InTIClipForVideoClassification(tiny_config())
+    model = InTIClipForVideoClassification(tiny_config(adaptation="uniformerv2"))
     model.vision_model.embeddings.requires_grad_(False)
     names = {parameter: name for name, parameter in model.named_parameters()}
     multipliers = {"new_module_lr_multiplier": 3.0, "head_lr_multiplier": 5.0}
@@ -173,7 +258,7 @@ def test_parameter_groups(decay_all, tiny_config):
             assert names[parameter] not in found  # once
             found[names[parameter]] = (pytest.approx(group["lr"]), group["weight_decay"])
     assert set(found) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert not any("embeddings" in name for name in found)
+    assert not any("embeddings" in name for name in found if not name.startswith("vision_model.adaptation."))
     stage, block = "vision_model.compression.stages.0.", "vision_model.encoder.layers.1."
     some = 0.2 if decay_all else 0.0
     for name, rate, decay in [
@@ -188,8 +273,28 @@ def test_parameter_groups(decay_all, tiny_config):
         ("classifier.bias", 5e-3, some),
     ]:
         assert found[name] == (rate, decay), name
+    for name, (rate, _) in found.items():  # every parameter of a kind alike
+        kind = 3 if name.startswith(("vision_model.compression.", "vision_model.adaptation.")) else 1
+        assert rate == pytest.approx(1e-3 * (5 if name.startswith("classifier.") else kind)), name
+    assert any(name.startswith("vision_model.adaptation.") for name in found)
     sigmas = [name for name in found if name.endswith("sigma")]
     assert len(sigmas) == 2 and all(found[name] == (3e-3, some) for name in sigmas)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, (1.0, 1.0, 1.0)),
+        ({"new_module_lr_multiplier": 3.0}, (1.0, 3.0, 1.0)),
+        ({"head_lr_multiplier": 5.0}, (1.0, 1.0, 5.0)),
+    ],
+)
+def test_multipliers_do_not_depend_on_each_other(given, wanted, tiny_config):
+    model = InTIClipForVideoClassification(tiny_config())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, settings(learning_rate=1.0, **given))
+    rates = {module_kind(names[parameter]): group["lr"] for group in groups for parameter in group["params"]}
+    assert (rates["tower"], rates["new"], rates["head"]) == wanted
 
 
 def test_kinds_of_modules():
@@ -261,6 +366,63 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
     MetricsLog(log.path, size).write(step=1, top1=0.1)
     assert log.path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 1, "top1": 0.1}\n'
     assert MetricsLog(log.path).size == 0  # a new run
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield Accelerator()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_state_is_restored_in_full(tmp_path, accelerator):
+    """Everything that `save` is to keep differs from a new run's, and is the same after `start`."""
+    info = describe_run(settings(), num_processes=1, train_fingerprint="a", eval_fingerprint=None)
+
+    def new_state() -> tuple[TrainingState, torch.optim.Optimizer]:
+        model = torch.nn.ModuleDict({"tower": torch.nn.Linear(2, 2), "classifier": torch.nn.Linear(2, 2)})
+        optimizer, scheduler = build_optimizer(model, settings(warmup_epochs=1), steps_per_epoch=4, total_steps=16)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        return TrainingState(tmp_path, accelerator, model, scheduler, total_steps=16, ema_decay=0.5), optimizer
+
+    state, optimizer = new_state()
+    state.start(info, None)
+    for _ in range(3):
+        torch.nn.init.normal_(state.model["tower"].weight)
+        optimizer.step()
+        state.finish_step()
+    state.epoch, state.batches, state.best = 1, 2, 0.25
+    state.losses = [torch.tensor(0.5), torch.tensor(0.7)]
+    state.bad.add({"a.mp4": "truncated\tin the middle"})
+    state.record(loss=1.5)
+    state.save()
+    state.record(loss=9.0)  # to be dropped: a resumed run writes it again
+
+    accelerator.free_memory()
+    again, _ = new_state()
+    again.start(info, newest_checkpoint(tmp_path))
+    assert (again.epoch, again.batches, again.step, again.best, again.done) == (1, 2, 3, 0.25, False)
+    assert torch.equal(torch.stack(again.losses), torch.tensor([0.5, 0.7]))
+    assert again.bad.reasons == {"a.mp4": "truncated\tin the middle"}
+    assert again.scheduler.last_epoch == 3 and again.scheduler.get_last_lr() == state.scheduler.get_last_lr()
+    for saved, restored in ((state.model, again.model), (state.ema, again.ema)):
+        for name, value in saved.state_dict().items():
+            assert torch.equal(value, restored.state_dict()[name]), name
+    assert not torch.equal(again.ema.module["tower"].weight, again.model["tower"].weight)
+    assert [json.loads(line)["loss"] for line in again.log.path.read_text().splitlines()] == [1.5]
+    assert json.loads(again.run_file.read_text())["resumed_at_step"] == 3
+
+
+def test_losses_must_be_finite(tmp_path, accelerator):
+    model = torch.nn.Linear(2, 2)
+    _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)
+    state = TrainingState(tmp_path, accelerator, model, scheduler, total_steps=16)
+    state.losses = [torch.tensor(1.0), torch.tensor(float("inf"))]
+    with pytest.raises(ValueError, match="the loss must be finite, got inf at step 0; lower learning_rate"):
+        state.record_losses()
 
 
 def test_same_run():

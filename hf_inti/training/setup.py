@@ -82,7 +82,13 @@ def build_processor(model: str, config: InTIClipVisionConfig, data: DataArgument
     if data.squash is not None:
         options["size"] = frame_size(config.image_size, data.squash)
     if is_inti_clip(model):
-        return InTIClipVideoProcessor.from_pretrained(model, **options)
+        try:
+            return InTIClipVideoProcessor.from_pretrained(model, **options)
+        except OSError as error:
+            raise ValueError(
+                f"{model} must hold a video processor, got none ({' '.join(str(error).split())}); save one there with "
+                "InTIClipVideoProcessor.save_pretrained."
+            ) from error
     side = config.image_size
     size = {"size": frame_size(side, squash=False), "crop_size": {"height": side, "width": side}}
     return InTIClipVideoProcessor(**{**size, **options})
