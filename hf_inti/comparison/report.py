@@ -38,10 +38,8 @@ def write_report(
     conditions, record = [m["conditions"] for m in measurements.values()], provenance()
     text = f"{markdown(rows)}\n{notes(conditions, seeds, about)}\n{source_line(record)}\n"
     (folder / "comparison.md").write_text(text)
-    write_json(
-        folder / "comparison.json",
-        {"about": about, "seeds": seeds, **record, "conditions": conditions[0], "rows": rows},
-    )
+    result = {"about": about, "seeds": seeds, **record, "conditions": conditions[0], "rows": rows}
+    write_json(folder / "comparison.json", result)
     accuracy_picture(rows, folder / "comparison.png")
     return text
 

@@ -133,9 +133,8 @@ def check_settings(run: Run) -> None:
     before = read_json(run.folder / "run.json")
     if before is None:
         return
-    changed = first_change(
-        settings_of(before["arguments"]), settings_of({str(i): asdict(a) for i, a in enumerate(run.parsed)})
-    )
+    now = {str(i): asdict(part) for i, part in enumerate(run.parsed)}
+    changed = first_change(settings_of(before["arguments"]), settings_of(now))
     if changed is not None:
         name, old, new = changed
         raise ValueError(
