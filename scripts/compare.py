@@ -99,9 +99,7 @@ def costs(output_dir: str | None) -> None:
     text += "\nWhy:\n"
     for name, reason in REASONS.items():
         text += fill(f"- {name}: {reason}", width=120, subsequent_indent="  ") + "\n"
-    text += (
-        "\nSTA's table counts norms, as its paper does: 0.1 (S) to 0.7 (H). It rounds some figures and cuts others.\n"
-    )
+    text += "\nSTA's table counts norms (0.1 to 0.7), as its paper does, which rounds some figures and cuts others.\n"
     print(text)
     if output_dir is not None:
         folder = Path(output_dir)

@@ -8,11 +8,11 @@ import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.benchmarks import decoding as benchmark_decoding
+from hf_inti.benchmarks import prediction
 from hf_inti.benchmarks.decoding import (
     agreement,
     decoding_contestants,
     main,
-    main_prediction,
     make_clip,
     measure_clips,
     measure_memory,
@@ -125,7 +125,7 @@ def test_prediction_and_its_halves(tmp_path, tiny_config, capsys):
     InTIClipForVideoClassification(tiny_config()).save_pretrained(model)
     InTIClipVideoProcessor(num_frames=8, size=32, crop_size=32).save_pretrained(model)
     flags = ["--model", str(model), "--num_videos", "3", "--repetitions", "1", "--output_dir", str(tmp_path / "out")]
-    assert main_prediction(flags) == 0
+    assert prediction.main(flags) == 0
     rows = read_report(tmp_path / "out")["rows"]
     assert rows.keys() == {"predict", "decoding", "model", "start"}
     assert all(row["seconds"] > 0 for row in rows.values())
