@@ -84,7 +84,7 @@ def main() -> int:
     broken = 0
     model = accelerator.prepare_model(model, evaluation_mode=True)
     for batch in predict_batches(model, loader, accelerator, "Predicting"):
-        reasons = dict(entry.split("\t", 1) for entry in batch["bad"])
+        reasons = batch["bad"]
         scores = batch["logits"].softmax(-1).mean(1)  # (B, K)
         for index, score in zip(batch["index"].tolist(), scores, strict=True):
             path = paths[index]

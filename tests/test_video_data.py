@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_inti.data import datasets as video_data
+from hf_inti.data import clips as clips_module
 from hf_inti.data.clips import BadVideos, StreamingVideoClips, VideoClips, cache_frames, collate
 from hf_inti.data.datasets import align_labels, label_names_of, load_video_dataset
 from hf_inti.model.video_decoding import VideoDecodingError, VideoReader
@@ -482,7 +482,7 @@ def test_an_item(folder):
     item = VideoClips(good(folder), transform)[1]
     assert item["pixel_values"].shape == (2, 3, 24, 32)
     assert abs(item["pixel_values"][0].float().mean() - 40) < 40  # video 2: levels 40 to 75
-    assert (item["labels"], item["index"], item["ok"], item["bad"]) == (0, 1, True, [])
+    assert (item["labels"], item["index"], item["ok"], item["bad"]) == (0, 1, True, {})
     assert item["video_id"] == str(folder / "a" / "2.mp4")
 
 
@@ -564,11 +564,11 @@ def test_skip_puts_another_video_in_the_place_of_a_broken_one(folder):
         assert items[-1]["noise"] == clips[broken]["noise"]
     assert len({item["video_id"] for item in items}) > 1
     assert all(item["index"] == broken and item["ok"] for item in items)
-    name, _, reason = items[0]["bad"][0].partition("\t")
+    ((name, reason),) = items[0]["bad"].items()
     assert name == str(folder / "b" / "3.mp4") and reason and name not in reason
     batches = list(DataLoader(VideoClips(dataset, transform), batch_size=3, collate_fn=collate))
     assert [len(batch["labels"]) for batch in batches] == [3, 3]
-    assert {entry.partition("\t")[0] for batch in batches for entry in batch["bad"]} == {name}
+    assert {name for batch in batches for name in batch["bad"]} == {name}
 
 
 def test_error_raises_and_other_errors_always_do(folder):
@@ -618,8 +618,8 @@ def test_all_broken(tmp_path):
 
 def test_bad_videos_are_counted_once():
     bad = BadVideos()
-    bad.add(["b.mp4\tframe 3 cannot be decoded", "a.mp4\tempty"])
-    bad.add(["b.mp4\tframe 5 cannot be decoded"])
+    bad.add({"b.mp4": "frame 3 cannot be decoded", "a.mp4": "empty"})
+    bad.add({"b.mp4": "frame 5 cannot be decoded"})
     assert len(bad) == 2
     assert bad.report().splitlines() == [
         "2 broken videos",
@@ -630,7 +630,7 @@ def test_bad_videos_are_counted_once():
         "count": 2,
         "videos": {"a.mp4": "empty", "b.mp4": "frame 3 cannot be decoded"},
     }
-    bad.add([f"{i:02d}.mp4\tempty" for i in range(30)])
+    bad.add({f"{i:02d}.mp4": "empty" for i in range(30)})
     assert len(bad.report().splitlines()) == 22 and "and 12 more" in bad.report()
 
 
@@ -663,7 +663,7 @@ def test_streams_share_out_every_video_once(folder, workers, world_size):
 def test_streams_name_the_broken_even_at_the_end(folder):
     for order in range(6):
         items = streamed(folder, epoch=order, shuffle_buffer=6)
-        assert [entry.partition("\t")[0] for item in items for entry in item["bad"]] == [str(folder / "b" / "3.mp4")]
+        assert [name for item in items for name in item["bad"]] == [str(folder / "b" / "3.mp4")]
     (folder / "b" / "5.mp4").write_bytes(b"")
     assert len(collate(streamed(folder))["bad"]) == 2  # 5.mp4 is the last one
 
@@ -679,7 +679,7 @@ def test_a_stream_of_broken_videos_is_an_error(tmp_path, monkeypatch):
     touch(*(tmp_path / "a" / f"{i}.mp4" for i in range(5)))
     with pytest.raises(VideoDecodingError, match="of 5 videos"):
         streamed(tmp_path)
-    monkeypatch.setattr(video_data, "MAX_DRAWS", 3)
+    monkeypatch.setattr(clips_module, "MAX_DRAWS", 3)
     with pytest.raises(VideoDecodingError, match="of 3 videos"):
         streamed(tmp_path)
 

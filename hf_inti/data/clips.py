@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
 
 import datasets
 import pyarrow.compute as pc
@@ -29,7 +30,7 @@ MAX_DRAWS = 100  # so many broken videos in a row are no accident
 BAD_VIDEO_MODES = ("skip", "error", "keep")
 
 
-def stable_hash(text):
+def stable_hash(text: str) -> int:
     """63 bits, the same in every process and run (Python's own hash is not)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -37,23 +38,23 @@ def stable_hash(text):
 class _Clips:
     """What map-style and streamed clips share: seeding, decoding of one row, the form of an item."""
 
-    def __init__(self, dataset, transform, seed, repeats, with_label):
+    def __init__(self, dataset, transform: Callable, seed: int, repeats: int, with_label: bool):
         if repeats < 1:
-            raise ValueError(f"repeats must be 1 or more, got {repeats}")
+            raise ValueError(f"repeats must be at least 1, got {repeats}.")
         self.dataset, self.transform = dataset, transform
         self.seed, self.repeats, self.with_label = seed, repeats, with_label
-        # In shared memory: persistent workers hold a copy of this object and would never hear of a new epoch.
+        # In shared memory: persistent workers hold a copy of this object, which set_epoch would not reach.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         """Call before each epoch: augmentation is a function of (seed, epoch, item, repeat) alone."""
         self._epoch.fill_(epoch)
 
-    def _generators(self, item):
+    def _generators(self, item: int) -> list[torch.Generator]:
         keys = [repr((self.seed, self._epoch.item(), item, repeat)) for repeat in range(self.repeats)]
         return [torch.Generator().manual_seed(stable_hash(key)) for key in keys]
 
-    def _tensors(self, row, generators):
+    def _tensors(self, row: dict, generators: list[torch.Generator]) -> tuple[dict, int | torch.Tensor]:
         """Tensors of a row's clips and its labels, with a leading dimension if there are repeats."""
         extra = (row["label"],) if self.with_label else ()
         clips = [dict(self.transform(_read_video(row), generator, *extra)) for generator in generators]
@@ -63,16 +64,16 @@ class _Clips:
         return {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}, torch.tensor(labels)
 
 
-def _item(tensors, labels, index, row, ok, bad):
+def _item(tensors: dict, labels, index: int, row: dict, ok: bool, bad: dict[str, str]) -> dict:
     return {**tensors, "labels": labels, "index": index, "video_id": _name(row, index), "ok": ok, "bad": bad}
 
 
-def _name(row, index):
+def _name(row: dict, index: int) -> str:
     path = row["path"] if "frames" in row else row["video"]["path"]
     return path or f"item {index}"
 
 
-def _read_video(row):
+def _read_video(row: dict) -> dict | torch.Tensor:
     if "frames" in row:
         if row["error"]:
             raise VideoDecodingError(row["error"])
@@ -84,44 +85,53 @@ def _read_video(row):
     return {"path": path, "bytes": data}
 
 
-def _bad_entry(row, index, error):
-    name = _name(row, index)
-    reason = str(error).removeprefix(f"{name}: ").removeprefix("<bytes>: ")
-    return f"{name}\t{reason}"
+def _reason(row: dict, index: int, error: VideoDecodingError) -> str:
+    """Why a video is broken, without its name."""
+    return str(error).removeprefix(f"{_name(row, index)}: ").removeprefix("<bytes>: ")
 
 
-def _all_broken(bad):
-    name, _, reason = bad[0].partition("\t")
-    return VideoDecodingError(f"{name}: {reason}; and no other of {len(bad)} videos tried in a row decodes")
+def _all_broken(bad: dict[str, str], tries: int) -> VideoDecodingError:
+    name, reason = next(iter(bad.items()))
+    return VideoDecodingError(f"{name}: {reason}; and no other of {tries} videos tried in a row decodes")
 
 
 class VideoClips(_Clips, torch.utils.data.Dataset):
     """Decoded, augmented clips of a map-style dataset of `load_video_dataset` or `cache_frames`.
 
-    An item holds the tensors of `transform(video, generator)`, `labels` (int), `index` (the row asked for),
-    `video_id` (path of the video that the tensors show), `ok` and `bad` (list of "name<TAB>reason"). With
-    `repeats=R > 1` the video is sampled R times: tensors get a leading R, `labels` is (R,).
-    `with_label=True` calls `transform(video, generator, label)`, which may return a new scalar "labels": for
-    flips that change the class.
-    What a broken video (VideoDecodingError, nothing else) does is `on_bad_video`:
-    - "skip": another video, drawn from the item's generator, takes its place, and `bad` names it (training);
-    - "error": it is raised;
+    An item holds the tensors of `transform(video, generator)`, `labels` (int), `index` (the row asked for), `video_id`
+    (path of the video that the tensors show), `ok`, and `bad` (broken videos: name to reason). With `repeats=R > 1` the
+    video is sampled R times: tensors get a leading R, `labels` is (R,). `with_label=True` calls
+    `transform(video, generator, label)`, which may return a new scalar "labels", for flips that change the class.
+
+    A broken video is one that raises VideoDecodingError; `on_bad_video` says what follows:
+    - "skip": another video, drawn from the item's generator, replaces it, and `bad` names it (training);
+    - "error": the error is raised;
     - "keep": the item is `ok=False`, with the tensors of `transform.blank()`; count it as wrong (evaluation).
+
     Raises VideoDecodingError when MAX_DRAWS videos in a row are broken.
     """
 
-    def __init__(self, dataset, transform, *, seed=0, repeats=1, on_bad_video="skip", with_label=False):
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        transform: Callable,
+        *,
+        seed: int = 0,
+        repeats: int = 1,
+        on_bad_video: str = "skip",
+        with_label: bool = False,
+    ):
         super().__init__(dataset, transform, seed, repeats, with_label)
         if on_bad_video not in BAD_VIDEO_MODES:
-            raise ValueError(f"on_bad_video must be one of {BAD_VIDEO_MODES}, got {on_bad_video!r}")
+            raise ValueError(f"on_bad_video must be one of {', '.join(BAD_VIDEO_MODES)}, got {on_bad_video!r}.")
         self.on_bad_video = on_bad_video
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict:
         index = int(index)
-        generators, bad, row = self._generators(index), [], self.dataset[index]
+        generators, bad, row, tries = self._generators(index), {}, self.dataset[index], 0
         while True:
             try:
                 tensors, labels = self._tensors(row, generators)
@@ -129,35 +139,35 @@ class VideoClips(_Clips, torch.utils.data.Dataset):
             except VideoDecodingError as error:
                 if self.on_bad_video == "error":
                     raise
-                bad.append(_bad_entry(row, index, error))
+                bad.setdefault(_name(row, index), _reason(row, index, error))
+                tries += 1
             if self.on_bad_video == "keep":
                 return _item(self.transform.blank(), row["label"], index, row, False, bad)
-            if len(bad) == MAX_DRAWS:
-                raise _all_broken(bad)
+            if tries == MAX_DRAWS:
+                raise _all_broken(bad, tries)
             row = self.dataset[int(torch.randint(len(self), (), generator=generators[0]))]
 
 
 class StreamingVideoClips(_Clips, torch.utils.data.IterableDataset):
     """VideoClips' items from a streamed dataset; broken videos are left out, named in a neighbour's `bad`.
 
-    `rank` of `world_size` processes reads its own part, and each DataLoader worker its own part of that
-    (useful up to as many workers as shards). `shuffle_buffer` rows are shuffled, anew in each epoch. A
-    stream has no row numbers: `index` is a hash of `video_id`, and with (seed, epoch, repeat) it seeds the
-    augmentation, so that neither workers nor processes change it. Raises VideoDecodingError when MAX_DRAWS
-    videos in a row are broken.
+    Process `rank` of `world_size` reads its own part, and each DataLoader worker its own part of that (useful up to as
+    many workers as shards). `shuffle_buffer` rows are shuffled, differently in each epoch. A stream has no row numbers:
+    `index` is a hash of `video_id`, and with (seed, epoch, repeat) it seeds the augmentation, which therefore does not
+    depend on workers or processes. Raises VideoDecodingError when MAX_DRAWS videos in a row are broken.
     """
 
     def __init__(
         self,
-        dataset,
-        transform,
+        dataset: datasets.IterableDataset,
+        transform: Callable,
         *,
-        seed=0,
-        repeats=1,
-        with_label=False,
-        shuffle_buffer=0,
-        rank=0,
-        world_size=1,
+        seed: int = 0,
+        repeats: int = 1,
+        with_label: bool = False,
+        shuffle_buffer: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         if shuffle_buffer:
             dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
@@ -166,38 +176,39 @@ class StreamingVideoClips(_Clips, torch.utils.data.IterableDataset):
         super().__init__(dataset, transform, seed, repeats, with_label)
         self.world_size = world_size
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
         self.dataset.set_epoch(epoch)
 
-    def __iter__(self):
-        bad, waiting = [], None  # one item is held back: broken videos at the end still find a neighbour
+    def __iter__(self) -> Iterator[dict]:
+        bad, tries, waiting = {}, 0, None  # one item waits, so that broken videos at the end have a neighbour
         for position, row in enumerate(self.dataset):
             name = _name(row, position)
             index = stable_hash(name)
             try:
                 tensors, labels = self._tensors(row, self._generators(index))
             except VideoDecodingError as error:
-                bad.append(_bad_entry(row, position, error))
-                if len(bad) == MAX_DRAWS:
-                    raise _all_broken(bad) from None
+                bad.setdefault(name, _reason(row, position, error))
+                tries += 1
+                if tries == MAX_DRAWS:
+                    raise _all_broken(bad, tries) from None
                 continue
             if waiting is not None:
                 yield waiting
             waiting = {**_item(tensors, labels, index, row, True, bad), "video_id": name}
-            bad = []
+            bad, tries = {}, 0
         if waiting is not None:
-            waiting["bad"] += bad
+            waiting["bad"] |= bad
             yield waiting
         elif bad and self.world_size == 1 and get_worker_info() is None:
-            raise _all_broken(bad)
+            raise _all_broken(bad, tries)
         elif bad:  # a small share may well have no other video
             logger.warning("all videos of one worker's share are broken: %s", "; ".join(bad))
 
 
-def collate(items):
-    """A batch of VideoClips' items: tensors (B, ...); `labels`, `index` (int64), `ok` (bool) of shape (B,);
-    `video_ids`, `bad` lists. Repeats are clips of their own: B = items x repeats.
+def collate(items: list[dict]) -> dict:
+    """A batch of VideoClips' items: tensors (B, ...), `labels`, `index` (B,) int64, `ok` (B,) bool, `video_ids` a list,
+    `bad` name to reason. Repeats are clips of their own: B = items x repeats.
     """
     repeats = [item["labels"].numel() if torch.is_tensor(item["labels"]) else 1 for item in items]
     batch = {}
@@ -209,41 +220,39 @@ def collate(items):
     batch["index"] = torch.tensor([item["index"] for item in items]).repeat_interleave(each)
     batch["ok"] = torch.tensor([item["ok"] for item in items]).repeat_interleave(each)
     batch["video_ids"] = [item["video_id"] for item, n in zip(items, repeats, strict=True) for _ in range(n)]
-    batch["bad"] = [entry for item in items for entry in item["bad"]]
+    batch["bad"] = {name: reason for item in items for name, reason in item["bad"].items()}
     return batch
 
 
 class BadVideos:
-    """The broken videos of a run, each counted once, from the `bad` lists of batches (of all processes)."""
+    """The broken videos of a run, each counted once: `reasons`, name to reason."""
 
     def __init__(self):
-        self.reasons = {}
+        self.reasons: dict[str, str] = {}
 
-    def add(self, bad):
-        entries = bad.items() if isinstance(bad, dict) else (entry.split("\t", 1) for entry in bad)
-        for name, reason in entries:
-            self.reasons.setdefault(name, reason)
+    def add(self, bad: dict[str, str]) -> None:
+        """Add a batch's `bad`; a video that is known keeps its first reason."""
+        self.reasons = {**bad, **self.reasons}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.reasons)
 
-    def report(self):
+    def report(self) -> str:
         """Their number and the first 20 by name with reasons, one line each."""
         lines = [f"{name}: {reason}" for name, reason in sorted(self.reasons.items())]
         more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
         return "\n".join([f"{len(lines)} broken videos", *lines[:20], *more])
 
-    def to_json(self):
+    def to_json(self) -> str:
         return json.dumps({"count": len(self), "videos": self.reasons}, indent=2, sort_keys=True)
 
 
-def cache_frames(dataset, decode, num_proc=None):
+def cache_frames(dataset: datasets.Dataset, decode: Callable, num_proc: int | None = None) -> datasets.Dataset:
     """The dataset with all videos decoded once, into an Arrow file in datasets' cache: for small datasets.
 
-    `decode(video) -> uint8 (T, 3, h, w)`; VideoClips then hands those frames to its transform. The file is
-    found again by the dataset, `decode` (with its state) and the videos' sizes and times; a change decodes
-    all anew. Broken videos stay broken: their VideoDecodingError comes on access. With several processes,
-    let one run this first.
+    `decode(video) -> uint8 (T, 3, h, w)`; VideoClips then gives those frames to its transform. The cache is keyed by
+    the dataset, `decode` (with its state) and the videos' sizes and times: any change decodes everything again. Broken
+    videos stay broken: their VideoDecodingError is raised on access. With several processes, let one run this first.
     """
     paths = pc.struct_field(dataset.with_format("arrow")["video"][:], "path").to_pylist()
     stats = [os.stat(path) if path and os.path.isfile(path) else None for path in paths]
@@ -270,7 +279,7 @@ def cache_frames(dataset, decode, num_proc=None):
     )
 
 
-def _decode_row(row, decode):
+def _decode_row(row: dict, decode: Callable) -> dict:
     path = row["video"]["path"]
     try:
         frames = decode(_read_video(row)).contiguous()

@@ -50,7 +50,14 @@ def predict_batches(
             logits = logits.masked_fill(~batch["ok"][:, None, None], float("nan"))
         tensors = {name: batch[name] for name in ("labels", "index", "ok")}
         gathered = accelerator.gather_for_metrics({"logits": logits, **tensors})
-        yield {name: value.cpu() for name, value in gathered.items()} | {"bad": gather_object(batch["bad"])}
+        yield {name: value.cpu() for name, value in gathered.items()} | {
+            "bad": merge_bad(gather_object([batch["bad"]]))
+        }
+
+
+def merge_bad(parts: list[dict[str, str]]) -> dict[str, str]:
+    """The broken videos of all processes, name to reason."""
+    return {name: reason for part in parts for name, reason in part.items()}
 
 
 def evaluation_loader(clips: VideoClips, accelerator: Accelerator, batch_size: int, num_workers: int = 0) -> DataLoader:
