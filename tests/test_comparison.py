@@ -184,14 +184,14 @@ class TestCompared:
     @pytest.mark.parametrize(
         ("flags", "wanted"),
         [
-            (["--learning_rate", "1e-2"], "Naive: seed 0 was trained with learning_rate = 0.001, and now it is 0.01; "),
-            (["--methods", '{"InTI": {}}'], "InTI: seed 0 was trained with compression_options = "),
+            (["--learning_rate", "1e-2"], "Naive: learning_rate must be 0.001 as seed 0 was trained with, got 0.01; "),
+            (["--methods", '{"InTI": {}}'], "InTI: compression_options must be "),
         ],
     )
     def test_other_settings_are_refused(self, compared, folder, flags, wanted):
         with pytest.raises(ValueError) as error:
             main(arguments(folder, *flags))
-        assert str(error.value).startswith(wanted) and "another --output_dir" in str(error.value)
+        assert str(error.value).startswith(wanted) and "another output_dir" in str(error.value)
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
+from hf_inti import InTIClipForVideoClassification
 from hf_inti.hosts.videomae import _Prune, apply_sta
+from hf_inti.measure.redundancy import gradient_norm, trajectory_sum
 from hf_inti.model.compression_sta import PRIME, STA, cells_for, draw_for, dropped_tokens, prune, scramble
 from hf_inti.model.methods import TokenState
 
@@ -160,3 +162,52 @@ def test_schedules_are_table_6d():
     assert dropped_tokens(48, "constant") == [48, 48, 48]
     assert dropped_tokens(27, "increasing") == [27, 54, 108]
     assert dropped_tokens(5) == [5, 2, 1]
+
+
+def test_trajectory_sum():
+    x = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    got = trajectory_sum(x)
+    for b in range(2):
+        total = 0.0
+        for i in range(5):
+            for t in range(3):
+                last = x[b, 3, i]
+                total += max(float(last @ v / last.norm() / v.norm()) for v in x[b, t])
+        assert got[b].item() == pytest.approx(total / 5)
+    same = torch.randn(1, 1, 5, 8).expand(1, 4, 5, 8)
+    assert trajectory_sum(same).item() == pytest.approx(3)
+
+
+def test_gradient_norm(tiny_config):
+    model = InTIClipForVideoClassification(tiny_config(compression="none", num_frames=2)).double().eval()
+    x, labels = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 4])
+    got = gradient_norm(model, x, labels)
+    assert got.shape == (2, 2, 17) and all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(got[:1], gradient_norm(model, x[:1], labels[:1]))  # clips do not share a loss
+    added = torch.zeros(2, 17, 48, dtype=torch.float64)
+
+    def loss(i: int) -> float:
+        """With a little added to the first clip's output of block i + 1."""
+        layer = model.vision_model.encoder.layers[i]
+        hook = layer.register_forward_hook(lambda module, args, out: (out[0] + added, *out[1:]))
+        with torch.no_grad():
+            value = model(x[:1], labels=labels[:1]).loss.item()
+        hook.remove()
+        return value
+
+    for t, k in ((0, 0), (1, 7)):  # against differences, channel by channel
+        total = 0.0
+        for i in range(4):
+            for c in range(48):
+                added[t, k, c] = 1e-6
+                up = loss(i)
+                added[t, k, c] = -1e-6
+                total += abs(up - loss(i)) / 2e-6
+                added[t, k, c] = 0.0
+        assert got[0, t, k].item() == pytest.approx(total, rel=1e-3)
+
+
+def test_gradient_norm_needs_all_tokens_everywhere(tiny_config):
+    model = InTIClipForVideoClassification(tiny_config(compression="sta"))
+    with pytest.raises(ValueError, match="every block must give as many tokens"):
+        gradient_norm(model, torch.randn(1, 8, 3, 32, 32), torch.tensor([0]))
