@@ -1,6 +1,10 @@
-"""The README's Python runs, and its figures are what the commands print."""
+"""The pages are true: their Python runs, their commands and flags exist, their paths and links lead somewhere."""
 
+import contextlib
+import io
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,51 +12,192 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, VideoMAEConfig, VideoMAEForVideoClassification
 
 from conftest import TINY, write_video
-from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.measure.costs import count_costs
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
+}
+README = PAGES["README.md"]
+CLIP = "openai/clip-vit-base-patch16"
+WITH_COMMANDS = ["README.md", "benchmarks.md", "hub.md", "inference.md", "methods.md", "results.md", "training.md"]
 
 
-def test_first_screen(capsys):
-    exec(BLOCKS[0], {})
-    printed = capsys.readouterr().out.splitlines()
-    expected = re.findall(r"print\(.*\)  # (?:frames: )?(.*)", BLOCKS[0])
-    assert printed == expected and len(expected) == 2
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
-def test_choosing_a_method(tmp_path, monkeypatch):
-    choose, use, videomae = [block for block in BLOCKS if "heads" in block or "merge_" in block or "apply_sta" in block]
+def commands(page: str) -> list[list[str]]:
+    """Words of every command in sh blocks, and of those that begin `python ...` or `train.py ...` in the text."""
+    shell = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    lines = shell.splitlines() + re.findall(r"`(python [^`]+|\w+\.py [^`]+)`", PAGES[page])
+    return [line.partition(" #")[0].split() for line in lines]
+
+
+def script_of(words: list[str]) -> tuple[str, ...] | None:
+    """The script that a command runs, with its subcommand, or None."""
+    for i, word in enumerate(words):
+        name = word.removeprefix("scripts/")
+        if (ROOT / "scripts" / name).is_file() and name.endswith(".py"):
+            return (name, words[i + 1]) if name in ("benchmark.py", "compare.py") else (name,)
+    return None
+
+
+def flags_of(script: tuple[str, ...], cache: dict = {}) -> set[str]:  # noqa: B006
+    """The flags that a script's --help lists."""
+    if script not in cache:
+        printed, argv, path = io.StringIO(), sys.argv, list(sys.path)
+        sys.argv = [*script, "--help"]
+        try:
+            with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+                runpy.run_path(str(ROOT / "scripts" / script[0]), run_name="__main__")
+        finally:
+            sys.argv, sys.path = argv, path
+        cache[script] = set(re.findall(r"--\w+", printed.getvalue()))
+    return cache[script]
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> Path:
+    """A working directory where the pages' names stand for small models and videos."""
     monkeypatch.chdir(tmp_path)
-    tower = {**TINY, "num_hidden_layers": 7, "image_size": 16}
-    CLIPVisionModel(CLIPVisionConfig(**tower)).save_pretrained("clip")
-    names = {"InTIClipVisionConfig": InTIClipVisionConfig}
-    exec(choose.replace("openai/clip-vit-base-patch16", "clip"), names)
-    names["model"] = InTIClipForVideoClassification.from_pretrained("clip", config=names["config"])
-    exec(use, names)
-    config = VideoMAEConfig(
-        hidden_size=12, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12, image_size=112, patch_size=8
-    )
-    VideoMAEForVideoClassification(config).save_pretrained("MCG-NJU/videomae-base-finetuned-kinetics")
-    exec(videomae, names)
+    precision = torch.get_float32_matmul_precision()
+    tower = {**TINY, "num_hidden_layers": 7, "image_size": 224, "patch_size": 56}
+    CLIPVisionModel(CLIPVisionConfig(**tower)).save_pretrained(CLIP)
+    VideoMAEForVideoClassification(
+        VideoMAEConfig(
+            hidden_size=12,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=12,
+            image_size=112,
+            patch_size=8,
+        )
+    ).save_pretrained("MCG-NJU/videomae-base-finetuned-kinetics")
+    config = InTIClipVisionConfig(**tower, num_frames=16, num_labels=4)
+    for folder in ("outputs/mine/best", "me/inti-clip-mine"):
+        InTIClipForVideoClassification(config).save_pretrained(folder)
+        InTIClipVideoProcessor(num_frames=16).save_pretrained(folder)
+    write_video(tmp_path / "clip.mp4")
+    for i in range(8):
+        write_video(tmp_path / "my_videos" / f"class_{i % 2}" / f"{i}.mp4", seed=i)
+    yield tmp_path
+    torch.set_float32_matmul_precision(precision)
+
+
+def run(page: str, wanted=lambda block: True) -> dict:
+    """The page's Python blocks in their order, in one namespace."""
+    names: dict = {}
+    for block in filter(wanted, blocks(page, "python")):
+        exec(block, names)
+    return names
+
+
+def test_every_page_with_python_is_run():
+    with_python = {page for page in PAGES if blocks(page, "python")}
+    assert with_python == {"README.md", "methods.md", "inference.md", "training.md", "hub.md"}
+
+
+def test_readme_python(places, capsys):
+    names = run("README.md")
+    printed = capsys.readouterr().out.splitlines()
+    expected = re.findall(r"print\(.*\)  # (?:frames: )?(.*)", blocks("README.md", "python")[0])
+    assert printed == expected and len(expected) == 2
+    assert names["model"].config.hidden_size == TINY["hidden_size"]  # the second block's: CLIP's
+
+
+def test_methods_python(places):
+    names = run("methods.md")
+    assert (places / "adapters").is_dir()
+    assert names["model"].config.adaptation_options["merged"]
+    assert len(names["videomae"].videomae.encoder.layer[0]._forward_hooks) == 1
+
+
+def test_inference_python(places, capsys):
+    names = run("inference.md")
+    assert names["logits"].shape == (12, 4)
+    label, best = capsys.readouterr().out.splitlines()
+    assert label in names["model"].config.label2id and best.count("'label'") == 3
 
 
 @pytest.mark.slow
-def test_trainer_script(tmp_path, monkeypatch):
-    (script,) = [block for block in BLOCKS if "Trainer(" in block]
-    monkeypatch.chdir(tmp_path)
-    CLIPVisionModel(CLIPVisionConfig(**{**TINY, "image_size": 224, "patch_size": 56})).save_pretrained("clip")
-    for i in range(8):
-        write_video(tmp_path / "my_videos" / f"class_{i % 2}" / f"{i}.mp4", seed=i)
-    script = script.replace("openai/clip-vit-base-patch16", "clip")
-    script = script.replace("learning_rate=2e-5", "learning_rate=2e-5, max_steps=2, report_to='none', use_cpu=True")
-    names = {}
-    exec(script, names)
+def test_trainer_script(places):
+    (script,) = blocks("training.md", "python")
+    names: dict = {}
+    exec(script.replace("learning_rate=2e-5", "learning_rate=2e-5, max_steps=2, use_cpu=True"), names)
     assert names["trainer"].state.global_step == 2
-    assert (tmp_path / "outputs" / "trainer" / "model.safetensors").exists()
+    assert (places / "outputs" / "trainer" / "model.safetensors").exists()
     assert torch.isfinite(torch.tensor(names["trainer"].state.log_history[-1]["train_loss"]))
+
+
+@pytest.mark.slow
+def test_hub_python(places, capsys, monkeypatch):
+    names = run("hub.md")
+    assert names["model"].config.num_labels == 4
+    assert names["tower"].config.hidden_size == TINY["hidden_size"]
+    assert capsys.readouterr().out.count("'label'") == 3
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_flags_of_commands_exist(page):
+    checked = 0
+    for words in commands(page):
+        script = script_of(words)
+        for flag in (word.partition("=")[0] for word in words if script and word.startswith("--")):
+            if flag not in ("--num_processes", "--nnodes", "--nproc_per_node"):  # of the launchers
+                assert flag in flags_of(script), f"{page}: {' '.join(script)} has no {flag}"
+            checked += 1
+    assert checked
+
+
+def test_flags_in_text_exist():
+    known = set().union(
+        *(flags_of((script.name,)) for script in ROOT.glob("scripts/*.py") if "arguments" in script.read_text()),
+        *(flags_of(("benchmark.py", name)) for name in ("models", "decoding", "prediction", "export", "growth")),
+        flags_of(("compare.py", "methods")),
+        ("--help", "--num_processes", "--nnodes", "--cpu"),  # the last three of the launchers
+    )
+    for page, text in PAGES.items():
+        for code in re.findall(r"`([^`\n]+)`", text):
+            assert set(re.findall(r"(?<!\S)--\w+", code)) <= known, f"{page}: `{code}`"
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_and_paths_lead_somewhere(page):
+    folder = ROOT if (ROOT / page).exists() else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if not target.startswith("http"):
+            file, _, anchor = target.partition("#")
+            path = folder / file if file else folder / page
+            assert path.exists(), f"{page}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
+    for words in commands(page):
+        for word in words:
+            if word.startswith(("scripts/", "tests/")):
+                assert (ROOT / word).exists(), f"{page}: {word}"
+    # `results/` is written by benchmarks; the test of its tables looks there.
+    for path in re.findall(r"`((?:hf_inti|scripts|tests|docs|model_cards)/[\w./-]*)`", PAGES[page]):
+        assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def test_map_names_every_room():
+    rooms = {path.parent.name for path in ROOT.glob("hf_inti/*/__init__.py")}
+    (tree,) = re.findall(r"```\n(hf_inti/.*?)```", README, re.DOTALL)
+    named = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
+    assert named == rooms
+    for pattern in re.findall(r"^    ((?:[\w{},*.]+\.py(?:, )?)+)", tree, re.MULTILINE):
+        for name in re.split(r", (?![^{]*})", pattern):
+            for choice in re.search(r"{(.*)}", name)[1].split(",") if "{" in name else [""]:
+                assert list((ROOT / "hf_inti/model").glob(re.sub("{.*}", choice, name))), name
+
+
+def test_idea_is_what_its_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_idea.py"))["draw"]()
+    assert (ROOT / "docs" / "idea.svg").read_text() == drawn
 
 
 def test_table_of_costs():
