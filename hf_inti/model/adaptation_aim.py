@@ -1,7 +1,7 @@
 """AIM: Yang et al., "AIM: Adapting Image Models for Efficient Video Action Recognition" (ICLR 2023).
 
-Each block first attends over time, place by place, with the same attention as over space; adapters behind the two
-attentions and beside the MLP train, CLIP does not.
+Each block first attends over time, place by place, with the same weights as over space. Adapters after both attentions
+and parallel to the MLP train; CLIP is frozen.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .methods import Adaptation, NewLinear, TokenState, Tower, ZeroLinear, block
 
 
 class Adapter(nn.Module):
-    """Linear, GELU, linear from zero; no residual of its own."""
+    """Linear, GELU, linear that starts at zero; without a residual."""
 
     def __init__(self, width: int, ratio: float):
         super().__init__()
@@ -28,14 +28,14 @@ class AIM(Adaptation):
     """AIM on CLIP; only its own parameters, CLIP's last LayerNorm and the head train.
 
     Args:
-        num_tadapter: 1, one adapter behind the temporal attention (Kinetics), or 2, another in front of it
+        num_tadapter: 1, an adapter after the temporal attention (Kinetics), or 2, another before it
             (Something-Something).
-        scale: of the adapter beside the MLP.
+        scale: of the adapter parallel to the MLP.
         ratio: share of the width inside the adapters.
     """
 
     needs_grid = True
-    drops_blocks = False  # stochastic depth is for the adapters over time and beside the MLP
+    drops_blocks = False  # stochastic depth applies to the temporal and the parallel adapters
 
     def __init__(self, tower: Tower, *, num_tadapter: int = 1, scale: float = 0.5, ratio: float = 0.25):
         super().__init__(tower)
@@ -64,15 +64,15 @@ class AIM(Adaptation):
             def inner(h: torch.Tensor) -> torch.Tensor:
                 return h + adapter(h)
 
-        over_time = attend(x.transpose(1, 2), inner).transpose(1, 2)  # every place's frames as one sequence
+        over_time = attend(x.transpose(1, 2), inner).transpose(1, 2)  # the frames of each place as one sequence
         return x + drop_path(self.temporal_out[i - 1](over_time), self.rates[i - 1], self.training)
 
     def branch_out(self, i: int, h: torch.Tensor) -> torch.Tensor:
         return h + self.spatial[i - 1](h)
 
     def mlp(self, i: int, h: torch.Tensor, mlp) -> torch.Tensor:
-        beside = self.scale * self.parallel[i - 1](h)
-        return mlp(h) + drop_path(beside, self.rates[i - 1], self.training)
+        adapted = self.scale * self.parallel[i - 1](h)
+        return mlp(h) + drop_path(adapted, self.rates[i - 1], self.training)
 
     def trained_parameters(self) -> list[str]:
         return ["post_layernorm."]

@@ -1,7 +1,7 @@
 """ST-Adapter: Pan et al., "ST-Adapter: Parameter-Efficient Image-to-Video Transfer Learning" (NeurIPS 2022).
 
-Bottlenecks with a depth-wise convolution over time stand on the residual stream before attention, MLP or both; they
-alone train.
+Bottlenecks with a depth-wise convolution over time on the residual stream, before attention, MLP or both; nothing else
+trains but the head and CLIP's last LayerNorm.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .methods import Adaptation, NewLinear, ResettableModule, TokenState, Tower,
 
 
 class ZeroBiasLinear(NewLinear):
-    """No bias at the start."""
+    """The bias starts at zero."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -20,7 +20,7 @@ class ZeroBiasLinear(NewLinear):
 
 
 class ZeroConv3d(ResettableModule, nn.Conv3d):
-    """From zero, weight and bias."""
+    """Weight and bias start at zero."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -28,7 +28,7 @@ class ZeroConv3d(ResettableModule, nn.Conv3d):
 
 
 class SpatioTemporalAdapter(nn.Module):
-    """Linear, depth-wise convolution (B, T, h, w), linear, without its residual, on patch tokens (B, T, N, C)."""
+    """Linear, depth-wise 3-d convolution, linear, without the residual, on patch tokens (B, T, N, C)."""
 
     def __init__(self, width: int, hidden: int, kernel_size: list[int]):
         super().__init__()
@@ -46,7 +46,7 @@ class STAdapter(Adaptation):
 
     Args:
         width: inside the adapters; default: half of the tower's, 384 for ViT-B.
-        pre_attention, pre_mlp: where they stand; before the MLP alone for Kinetics, both for Something-Something.
+        pre_attention, pre_mlp: where they are; before the MLP alone for Kinetics, both for Something-Something.
         num_layers: how many of the last blocks have them; default: all.
         kernel_size: of the convolution in frames, rows and columns, odd numbers.
     """

@@ -1,9 +1,9 @@
 """UniFormerV2's modules: Li et al., "UniFormerV2: Spatiotemporal Learning by Arming Image ViTs with Video UniFormer"
 (ICCV 2023), the "temp" of the InTI paper.
 
-Local MHRA convolves every patch over time, before the attention of each block and, doubled, before its MLP. Global
-blocks read the outputs of some blocks into one video token, which is fused with the mean class token. They read what a
-compression leaves. Where tokens are not on a full grid, convolutions see zeros at the places without a token.
+Local MHRA convolves patches over time before the attention of each block and, if doubled, before its MLP. Global blocks
+read the outputs of some blocks, after any compression, into one video token, which is fused with the mean class token.
+Where tokens do not fill the grid, convolutions see zeros at the empty places.
 """
 
 import torch
@@ -49,7 +49,7 @@ class PackedXavierLinear(XavierLinear):
 
 
 class VideoQuery(ResettableModule, nn.Module):
-    """The video token's start value and the balance of the fusion, both from zero."""
+    """The video token's initial value, or the balance of the fusion; both start at zero."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -61,7 +61,7 @@ class VideoQuery(ResettableModule, nn.Module):
 
 
 class ZeroBiasConv3d(ResettableModule, nn.Conv3d):
-    """torch's own initial weights, no bias at the start."""
+    """torch's initial weights; the bias starts at zero."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -69,21 +69,21 @@ class ZeroBiasConv3d(ResettableModule, nn.Conv3d):
 
 
 class ZeroConv2d(ResettableModule, nn.Conv2d):
-    """From zero."""
+    """Starts at zero."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of tokens (tokens, C), whose running statistics count each batch once under checkpointing too."""
+    """BatchNorm of tokens (tokens, C) whose running statistics count each batch once, also under checkpointing."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Inside a backward pass (a graph task is running) this is activation checkpointing, going over a batch again.
-        again = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if not again:
+        # Inside a backward pass (a graph task is running) this is activation checkpointing recomputing a batch.
+        recomputing = self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not recomputing:
             return super().forward(x)
-        mean, var = self.running_mean.clone(), self.running_var.clone()  # updated in vain
+        mean, var = self.running_mean.clone(), self.running_var.clone()  # copies, updated and discarded
         return nn.functional.batch_norm(x, mean, var, self.weight, self.bias, training=True, eps=self.eps)
 
 

@@ -63,7 +63,7 @@ def head_groups(heads: dict | list, num_heads: int, width: int) -> list[tuple[in
 
 
 class LinearAdapter(nn.Module):
-    """z + scale (W2 (W1 z + b1) + b2), without a nonlinearity; it starts as the identity."""
+    """z + scale (W2 (W1 z + b1) + b2), without a nonlinearity; starts as the identity."""
 
     def __init__(self, width: int, ratio: float, scale: float, dropout: float):
         super().__init__()
@@ -108,7 +108,7 @@ class ZeroI2V(Adaptation):
         heads: how many heads look at which frame, {offset: number}, as `head_groups` has it; keys may be strings, as
             JSON's are.
         scale, dropout, ratio: of the adapters, `ratio` of the width inside them.
-        num_tadapter: 2 as released, or 1, without the adapter behind the MLP.
+        num_tadapter: 2 as released, or 1, without the adapter after the MLP.
         merged: the adapters are folded into the blocks (`merge_adapters()` sets this).
     """
 
@@ -176,7 +176,7 @@ class ZeroI2V(Adaptation):
 
     def merge(self, layers: nn.ModuleList) -> dict:
         if self.attention_in is None:
-            raise ValueError("the adapters of this ZeroI2V model are merged already.")
+            raise ValueError("the adapters must not be merged yet, got a ZeroI2V model with merged adapters.")
         for i, layer in enumerate(layers):
             attention = layer.self_attn
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj):

@@ -66,7 +66,7 @@ def hard_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class PerturbedTopK(ResettableModule, nn.Module):
-    """Holds sigma, which training takes down to zero; see `perturbed_topk`."""
+    """Holds sigma, which decays to zero over training; see `perturbed_topk`."""
 
     def __init__(self, sigma: float, num_samples: int, gradient: str = "released"):
         super().__init__()
@@ -84,7 +84,7 @@ class PerturbedTopK(ResettableModule, nn.Module):
 
 
 class PaperScorer(nn.Module):
-    """Two linear layers with the sequence's mean beside each token (Eq. 2 and 3): (B, L, C) -> (B, L)."""
+    """Two linear layers; between them each token gets the sequence's mean (Eq. 2, 3): (B, L, C) -> (B, L)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -97,7 +97,7 @@ class PaperScorer(nn.Module):
 
 
 class ReleasedScorer(nn.Module):
-    """The deeper network of the released code: half of the channels are the token's own, half the sequence's mean."""
+    """The released code's deeper network: half of the channels are the token's own, half the sequence's mean."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -120,7 +120,7 @@ def _scorer(kind: str, width: int) -> nn.Module:
 
 
 class TemporalSelection(nn.Module):
-    """Keeps k frames of x (B, T, L, C), whose first `num_class_tokens` have no part in the scores."""
+    """Keeps k frames of x (B, T, L, C); the first `num_class_tokens` tokens do not count in the scores."""
 
     def __init__(self, width: int, scorer: str, topk: PerturbedTopK):
         super().__init__()
@@ -129,7 +129,7 @@ class TemporalSelection(nn.Module):
         self.topk = topk
 
     def scores(self, x: torch.Tensor, num_class_tokens: int = 0) -> torch.Tensor:
-        """(B, T), from the frames' mean patches, and as released their maxima too."""
+        """(B, T), from each frame's mean patch and, as released, its maximum."""
         patches = x[:, :, num_class_tokens:]
         frames = patches.mean(dim=2)
         if self.kind == "released":
@@ -145,7 +145,7 @@ class TemporalSelection(nn.Module):
 
 
 class SpatialSelection(nn.Module):
-    """Keeps of each frame of x (B, T, N, C), patches alone, the square of `side` x `side` patches that scores best."""
+    """Keeps the best-scoring square of `side` x `side` patches of each frame of x (B, T, N, C), patches only."""
 
     def __init__(self, width: int, scorer: str, topk: PerturbedTopK, stride: int | None = None):
         super().__init__()
@@ -169,7 +169,7 @@ class SpatialSelection(nn.Module):
     def forward(self, x: torch.Tensor, grid: tuple[int, int], side: int, noise: torch.Tensor | None = None):
         B, T, N, C = x.shape
         scores = self.anchor_scores(self.token_scores(x), grid, side).flatten(0, 1)  # (B * T, G)
-        # The places of every square's patches, (G, side * side), by letting the numbers of the places slide too.
+        # The places of every square's patches (G, side * side), by unfolding the grid of place numbers.
         places = torch.arange(N, device=x.device).unflatten(0, grid)
         stride = self._stride(grid, side)
         places = places.unfold(0, side, stride).unfold(1, side, stride).flatten(2).flatten(0, 1)
@@ -183,22 +183,22 @@ class SpatialSelection(nn.Module):
 
 
 class STTS(Compression):
-    """STTS after the blocks that its options name; stays dense, on the smaller grid of its squares.
+    """STTS after the blocks that its options name; tokens stay on a dense, smaller grid.
 
     Args:
         temporal: pairs [block, share of the frames kept]; block 0 is before the first.
         spatial: pairs [block, share of the patches kept]; kept is the largest square of at most so many. Without
             `temporal` and `spatial`: half of the frames before the first block, and of those 0.6 of the patches after
             a third of the blocks.
-        scorer: "released", the deeper network of the authors' code, or "paper", the two linear layers of Eq. 2 and 3,
-            between which the paper names no nonlinearity: then the sequence's mean shifts all scores alike, and the
-            normalisation takes it out again.
+        scorer: "released", the authors' deeper network, or "paper", the two linear layers of Eq. 2 and 3. The paper
+            names no nonlinearity between them: the sequence's mean then shifts all scores equally, which the
+            normalisation cancels.
         gradient: "paper", all of Eq. 8's Jacobian, or "released", its diagonal; see `perturbed_topk`.
         sigma: standard deviation of the noise at the start of training; see the model's `set_training_progress`.
         num_samples: n, draws of noise.
         stride: patches between neighbouring squares; default, as released: half of the patches that a side loses.
 
-    On CLIP the class token of a kept frame is kept and takes no part in the scores.
+    On CLIP a kept frame keeps its class token, which is not scored.
     """
 
     uses_layers = False
@@ -269,8 +269,8 @@ class STTS(Compression):
         if k < 1:
             least = -int(-1 // share)
             raise ValueError(
-                f"STTS keeps none of {count} {what} with a share of {share}; raise the share, or give at least {least} "
-                f"{what}."
+                f"STTS's share must keep at least one of {count} {what}, got {share}; raise it, or give at least "
+                f"{least} {what}."
             )
         return k
 

@@ -17,9 +17,8 @@ from .methods import Compression, TokenState, Tower
 class Matching(NamedTuple):
     """Which tokens become one.
 
-    `target` (B, N) is each token's place among the `num_tokens` that come out. The rest says how it came about, for
-    those who look closer: `unm_idx` (B, U) and `src_idx` (B, r), the most similar first, count the candidates for
-    merging (every even place), `dst_idx` (B, r) their destinations (every odd place).
+    `target` (B, N): the output index, below `num_tokens`, of each token. In the paper's terms: `unm_idx` (B, U) and
+    `src_idx` (B, r), the most similar first, index the even places, `dst_idx` (B, r) the odd ones.
     """
 
     target: torch.Tensor
@@ -35,8 +34,8 @@ def bipartite_soft_matching(
 ) -> Matching:
     """Match the tokens at even places with those at odd places by the cosine of metric (B, N, d).
 
-    Up to `r` tokens go, never more than half of those unprotected; the class token (place 0) and the distillation token
-    (place 1) neither go nor take others in. The unmerged come first, then the destinations; with a class token the
+    Up to `r` tokens are merged away, at most half of the unprotected ones; the class token (place 0) and the
+    distillation token (place 1) are never merged. Unmerged tokens come first, then destinations; with a class token the
     unmerged keep their order, so that it stays first, and a distillation token follows it.
     """
     B, N = metric.shape[:2]
@@ -73,13 +72,13 @@ def bipartite_soft_matching(
 
 @torch.no_grad()
 def kth_bipartite_soft_matching(metric: torch.Tensor, k: int) -> Matching:
-    """Merge every token of metric (B, N, d) into the most similar of each k-th one; with k = 1 none.
+    """Merge every token of metric (B, N, d) into the most similar k-th one; k = 1 merges none.
 
-    What is left over of N behind the last k-th token is dropped: `target` (B, N // k * k).
+    Tokens after the last k-th one are dropped: `target` (B, N // k * k).
     """
     B, N = metric.shape[:2]
     if not 1 <= k <= N:
-        raise ValueError(f"k must be from 1 to the number of tokens, {N}, got {k}.")
+        raise ValueError(f"k must be from 1 to {N}, the number of tokens, got {k}.")
     groups = N // k
     metric = nn.functional.normalize(metric, dim=-1)
     metric = metric[:, : groups * k].unflatten(1, (groups, k))
@@ -111,26 +110,26 @@ def merge_weighted(x: torch.Tensor, size: torch.Tensor, matching: Matching) -> t
 
 
 def unmerge(x: torch.Tensor, matching: Matching) -> torch.Tensor:
-    """Merged tokens (B, num_tokens, C) -> (B, N, C): every one back at all the places that went into it.
+    """Merged tokens (B, num_tokens, C) -> (B, N, C): each copied to all the places merged into it.
 
-    N is that of `target`: what `kth_bipartite_soft_matching` dropped does not come back.
+    N is that of `target`: tokens dropped by `kth_bipartite_soft_matching` do not come back.
     """
     return x.gather(1, matching.target[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def merge_source(matching: Matching, source: torch.Tensor | None = None) -> torch.Tensor:
-    """In which token each of the first ones is after this merging, (B, N0), given where it was before (None: unmerged).
+    """The index after this merging of each original token (B, N0), given its index before (None: nothing merged yet).
 
-    `torch.nn.functional.one_hot` of it is the matrix of groups, and `x.gather(1, source)` draws tokens on their places.
+    `torch.nn.functional.one_hot` of it is the matrix of groups; `x.gather(1, source)` puts tokens back on their places.
     """
     return matching.target if source is None else matching.target.gather(1, source)
 
 
 def r_schedule(num_layers: int, r: int | list[int] | tuple[int, float]) -> list[int]:
-    """How many tokens go in each block: r in every one, a list of one number each (the rest 0), or (r, inflection).
+    """Tokens merged in each block: r in every block, a list of numbers (the rest 0), or (r, inflection).
 
-    An inflection from -1 to 1 makes it rise (1: from 0 to 2r) or fall (-1: from 2r to 0) linearly around r; numbers are
-    cut to whole ones. Raises ValueError for others.
+    An inflection from -1 (falling from 2r to 0) to 1 (rising from 0 to 2r) makes the number change linearly around r;
+    numbers are truncated. Raises ValueError for anything else.
     """
     inflection = 0.0
     if isinstance(r, list):
@@ -156,8 +155,8 @@ class ToMe(Compression):
     """ToMe inside every block, frame by frame.
 
     Args:
-        r: tokens of each frame that go in a block, see `r_schedule`; default: a twentieth of the patches (10 of 196). A
-            pair [r, inflection] is known by its second number, which must be negative or have a decimal point.
+        r: tokens of each frame merged in a block, see `r_schedule`; default: a twentieth of the patches (10 of 196). A
+            pair is taken for [r, inflection] if its second number is negative or has a decimal point.
         prop_attn: whether a token of `size` patches counts as that many in the softmax of attention.
     """
 
@@ -213,8 +212,7 @@ class ToMe(Compression):
         positions = state.positions
         if positions is None:
             positions = torch.arange(L - c, device=x.device).expand(B, T, -1)
-        # A merged token stands where its destination stands, so that no two share a place: the places are those of the
-        # unmerged and of the destinations.
+        # A merged token takes its destination's place, so that no two tokens share one.
         places = nn.functional.pad(positions, (c, 0)).flatten(0, 1)
         every = torch.arange(L, device=x.device).expand(B * T, L)
         survivors = torch.cat([2 * matching.unm_idx, every[:, 1::2]], dim=1)

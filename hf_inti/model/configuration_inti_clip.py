@@ -1,4 +1,4 @@
-"""Configuration of InTI-CLIP: CLIP's vision tower plus two words, compression and adaptation."""
+"""Configuration of InTI-CLIP: CLIP's vision tower plus a compression and an adaptation."""
 
 import difflib
 from dataclasses import fields
@@ -13,7 +13,7 @@ from .methods import Tower, check_frames
 
 
 def _lists(value):
-    """Tuples to lists and keys to strings, inside too: what JSON gives back."""
+    """As JSON returns it: tuples as lists and keys as strings, at every level."""
     if isinstance(value, dict):
         return {str(name): _lists(item) for name, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -73,9 +73,11 @@ class InTIClipVisionConfig(CLIPVisionConfig):
         own = [f.name for f in fields(InTIClipVisionConfig) if f.name not in {g.name for g in fields(CLIPVisionConfig)}]
         for name in kwargs:
             if close := difflib.get_close_matches(name, own, n=1, cutoff=0.8):
-                raise ValueError(f"InTIClipVisionConfig has no field {name!r}; did you mean {close[0]!r}?")
+                raise ValueError(
+                    f"fields must be those of InTIClipVisionConfig, got {name!r}; did you mean {close[0]!r}?"
+                )
         super().__post_init__(**kwargs)
-        if self._auto_class is not None:  # else only the class that is saved would be recorded
+        if self._auto_class is not None:  # save_pretrained records only the class being saved
             self.auto_map = {
                 "AutoConfig": "configuration_inti_clip.InTIClipVisionConfig",
                 "AutoModel": "modeling_inti_clip.InTIClipVisionModel",
@@ -92,7 +94,7 @@ class InTIClipVisionConfig(CLIPVisionConfig):
 
     @property
     def tower(self) -> Tower:
-        """What methods may know of the tower."""
+        """The tower's numbers, for the methods."""
         divided = ADAPTATIONS[self.adaptation].frame_multiple(**self.adaptation_options)
         derived = {
             "num_frames": self.num_frames // divided,
@@ -102,13 +104,13 @@ class InTIClipVisionConfig(CLIPVisionConfig):
 
     @property
     def frame_multiple(self) -> int:
-        """The number of frames of a clip has to be a multiple of this."""
+        """The number of frames of a clip must be a multiple of this."""
         compression, adaptation = COMPRESSIONS[self.compression], ADAPTATIONS[self.adaptation]
         layers = self.compression_layers if compression.uses_layers else []
         return compression.frame_multiple(layers) * adaptation.frame_multiple(**self.adaptation_options)
 
     def check(self) -> None:
-        """Raise a ValueError, of one line, for what does not fit together; also called when a model is built."""
+        """Raise a one-line ValueError for values that do not fit together; also called when a model is built."""
         for word, methods in (("compression", COMPRESSIONS), ("adaptation", ADAPTATIONS)):
             if getattr(self, word) not in methods:
                 raise ValueError(f"{word} must be one of {', '.join(methods)}, got {getattr(self, word)!r}.")
@@ -121,7 +123,9 @@ class InTIClipVisionConfig(CLIPVisionConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads.")
+            raise ValueError(
+                f"hidden_size must be a multiple of the {self.num_attention_heads} heads, got {self.hidden_size}."
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation that transformers knows, got {self.hidden_act!r}.")
         if self.num_labels < 1:
@@ -132,7 +136,7 @@ class InTIClipVisionConfig(CLIPVisionConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}.")
         compression, adaptation = COMPRESSIONS[self.compression], ADAPTATIONS[self.adaptation]
-        # Names first: what is asked of a method below takes its options as keyword arguments.
+        # Names first: below, options are passed as keyword arguments.
         for method, options in ((compression, self.compression_options), (adaptation, self.adaptation_options)):
             method.check_option_names(options)
             method.check_options(self.tower, **options)
@@ -141,8 +145,8 @@ class InTIClipVisionConfig(CLIPVisionConfig):
         check_frames(self.num_frames, self.frame_multiple)
         if adaptation.needs_grid and not compression.keeps_grid:
             raise ValueError(
-                f"adaptation {self.adaptation!r} needs the same token at the same place in every frame, which "
-                f"compression {self.compression!r} does not keep; choose another of the two."
+                f"compression must keep every token at its place for adaptation {self.adaptation!r}, got "
+                f"{self.compression!r}, which does not; choose another of the two."
             )
 
     @classmethod
@@ -159,7 +163,9 @@ class InTIClipVisionConfig(CLIPVisionConfig):
         if not isinstance(clip, PreTrainedConfig):
             values, _ = PreTrainedConfig.get_config_dict(clip)
             if not values:
-                raise ValueError(f"{clip} holds no config.json; give the folder or name of a CLIP checkpoint.")
+                raise ValueError(
+                    f"clip must be the folder or name of a CLIP checkpoint, got {clip}, which has no config.json."
+                )
         else:
             values = clip.to_dict()
         if values.get("model_type") == CLIPConfig.model_type:
@@ -167,12 +173,12 @@ class InTIClipVisionConfig(CLIPVisionConfig):
             values = CLIPConfig.from_dict(values).vision_config.to_dict()
         if values.get("model_type") != CLIPVisionConfig.model_type:
             raise ValueError(
-                f"from_clip needs a CLIP or CLIP vision checkpoint, got model_type {values.get('model_type')!r} from "
+                f"clip must be a CLIP or CLIP vision checkpoint, got model_type {values.get('model_type')!r} from "
                 f"{clip if isinstance(clip, str) else type(clip).__name__}; "
-                "an InTI-CLIP checkpoint is loaded with InTIClipVisionConfig.from_pretrained."
+                "load an InTI-CLIP checkpoint with InTIClipVisionConfig.from_pretrained."
             )
         names = {f.name for f in fields(CLIPVisionConfig)} - {f.name for f in fields(PreTrainedConfig)}
         return cls(**{**{name: values[name] for name in names if name in values}, **options})
 
 
-InTIClipVisionConfig.register_for_auto_class()  # what is saved carries the code that loads it elsewhere
+InTIClipVisionConfig.register_for_auto_class()  # saved checkpoints carry the code that loads them

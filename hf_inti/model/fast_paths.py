@@ -1,50 +1,48 @@
-"""What `model.optimize_for_inference()` switches on: other ways to compute the same numbers, for inference alone.
+"""What `model.optimize_for_inference()` turns on: faster ways to compute the same outputs, for inference only.
 
-Nothing here holds weights of its own: what is computed follows the parameters, whoever writes to them. Letters as
-in `token_state.py`.
+Nothing here keeps a copy of any weight, so changes to the parameters always take effect. Letters as in `methods.py`.
 """
 
 import torch
 from torch import nn
 
 
-# Frames at a time on a CPU: what a block makes of so few stays in its caches, and in memory that the C library keeps
-# for the next ones instead of returning it to the system.
+# Frames per chunk on CPU: small enough that activations stay in cache, and that the C library keeps their memory for
+# the next chunk instead of returning it to the system.
 FRAMES_AT_ONCE = {"attention": 2, "mlp": 4}
 
 
 class Optimizable(nn.Module):
-    """A module with a second way to compute its output, which is taken where `fast` says so."""
+    """A module with a second, faster way to compute its output, used while `fast` is true."""
 
     optimized = False
 
     @property
     def fast(self) -> bool:
-        """Only in evaluation and without gradients: training, and whatever differentiates, takes the plain way."""
+        """Only in evaluation mode and without gradients."""
         return self.optimized and not self.training and not torch.is_grad_enabled()
 
     def check_optimizable(self) -> None:
-        """Raise a ValueError where the second way does not fit."""
+        """Raise a ValueError if the faster way cannot be used."""
 
     def optimize(self) -> None:
         self.optimized = True
 
 
 def check_linear(name: str, linear: nn.Module) -> None:
-    """Raise a ValueError unless this is a plain layer whose weights are at hand."""
+    """Raise a ValueError unless this is a plain linear layer with its weights in memory."""
     weight = getattr(linear, "weight", None)
     if isinstance(weight, torch.Tensor) and (weight.is_meta or hasattr(linear, "_hf_hook")):
-        raise ValueError(f"the weights of {name} are offloaded; load the whole model on one device to optimise it.")
+        raise ValueError(f"{name} must be in memory, got offloaded weights; load the whole model on one device.")
     if not is_plain(linear):
         raise ValueError(
-            f"optimize_for_inference needs the model's own linear layers, but {name} is a foreign "
-            f"{type(linear).__name__}, has hooks or has no bias; merge adapters into the weights first, and leave it "
-            "out for quantised models."
+            f"{name} must be the model's own linear layer to be optimised, got a {type(linear).__name__} that is "
+            "another, has hooks or no bias; merge adapters into the weights, and do not optimise quantised models."
         )
 
 
 def is_plain(*linears: nn.Module) -> bool:
-    """Whether these layers do nothing but multiply by their weights, so that one may do it in their place."""
+    """Whether all are plain nn.Linear layers (bias, no hooks), safe to fuse."""
     return all(
         type(linear).forward is nn.Linear.forward
         and type(linear.weight) is nn.Parameter
@@ -55,17 +53,17 @@ def is_plain(*linears: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to hear of the module's calls, or has taken them over."""
+    """Whether the module has forward hooks or a patched `forward`."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def in_eager_cpu(x: torch.Tensor) -> bool:
-    """Whether to work in pieces: compilers and accelerators have better ways."""
+    """Whether to work in chunks: compilers and accelerators do better without."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def pack_parameters(linears: list[nn.Linear]) -> None:
-    """Put the weights of several layers, and their biases, one behind the other in memory. The parameters stay."""
+    """Make the weights of several layers, and their biases, adjacent in memory; the parameters stay the same."""
     for name in ("weight", "bias"):
         parameters = [getattr(linear, name) for linear in linears]
         together = torch.cat([parameter.detach() for parameter in parameters])
@@ -74,22 +72,22 @@ def pack_parameters(linears: list[nn.Linear]) -> None:
 
 
 def packed_view(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    """Tensors that lie one behind the other in memory as one, along their first dimension; None if they do not.
+    """Tensors that are adjacent in memory as one, along their first dimension; None if they are not.
 
-    Nothing is copied: whoever writes to one of them writes to what this returns.
+    It is a view: writes to any of them show in it.
     """
     first = tensors[0]
     end, storage = first.storage_offset(), first.untyped_storage().data_ptr()
     for t in tensors:
-        behind = t.storage_offset() == end and t.untyped_storage().data_ptr() == storage
-        if not behind or not t.is_contiguous() or t.dtype != first.dtype or t.shape[1:] != first.shape[1:]:
+        adjacent = t.storage_offset() == end and t.untyped_storage().data_ptr() == storage
+        if not adjacent or not t.is_contiguous() or t.dtype != first.dtype or t.shape[1:] != first.shape[1:]:
             return None
         end += t.numel()
     return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 def fused_linear(x: torch.Tensor, linears: list[nn.Linear]) -> tuple[torch.Tensor, ...] | None:
-    """The outputs of several layers of one input x (..., C) by one matrix product; None where they lie apart."""
+    """The outputs of several layers for one input x (..., C), by one matrix product; None unless they are packed."""
     if torch.compiler.is_compiling() or not is_plain(*linears):
         return None
     weight, bias = (packed_view([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
@@ -99,9 +97,9 @@ def fused_linear(x: torch.Tensor, linears: list[nn.Linear]) -> tuple[torch.Tenso
 
 
 def chunked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float):
-    """Attention of a few frames at a time: q, k, v (frames, H, L, d), bias (frames, 1, 1, L) -> (frames, L, H, d).
+    """Attention in chunks of frames: q, k, v (frames, H, L, d), bias (frames, 1, 1, L) -> (frames, L, H, d).
 
-    On CPUs faster than torch's fused kernel, which multiplies in smaller pieces.
+    On CPU this is faster than torch's fused kernel, whose matrix products are smaller.
     """
     n = FRAMES_AT_ONCE["attention"]
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
@@ -115,7 +113,7 @@ def chunked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
 
 
 def scaled_mlp(x: torch.Tensor, fc1: nn.Linear, fc2: nn.Linear, activation, scale: float) -> torch.Tensor:
-    """fc2(activation(scale fc1(x)) / scale), x (..., D), the scales taken into the products.
+    """fc2(activation(scale fc1(x)) / scale), x (..., D), with the scales inside the matrix products.
 
     With the in-place SiLU and scale 1.702 it is CLIP's MLP: quick_gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702.
     """

@@ -1,4 +1,4 @@
-"""What several methods share: convolutions over time and space, the patch grid, temporal positions, options."""
+"""Shared by several methods: convolutions over time and space, the patch grid, temporal positions, option checks."""
 
 import torch
 from torch import nn
@@ -7,10 +7,10 @@ from .methods import ResettableModule, TokenState, Tower, is_count, is_number
 
 
 def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
-    """`conv`, depth-wise, of odd kernel sizes with half of them as padding, on channels-last x (B, T, h, w, C).
+    """A depth-wise `conv` with odd kernel sizes and "same" padding, on channels-last x (B, T, h, w, C).
 
-    Its stride in time must divide T, in space it is 1. Computed as one 2-d convolution for each tap in time, added with
-    a shift: on CPUs several times faster than torch's own 3-d one. Returns (B, T / stride, h, w, C).
+    Its stride is 1 in space; in time it must divide T. Computed as one 2-d convolution per tap in time, shifted and
+    summed: on CPU several times faster than torch's 3-d convolution. Returns (B, T / stride, h, w, C).
     """
     taps, height, width = conv.kernel_size
     stride = conv.stride[0]
@@ -27,14 +27,14 @@ def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
         first, shift = offset % stride, offset // stride
         frames = planes[:, first::stride]
         if abs(shift) > 1 and abs(shift) >= frames.shape[1]:
-            continue  # nothing of so far away is in the clip
+            continue  # the clip is too short for this tap
         weight = conv.weight[:, :, dt]  # (C, 1, height, width)
         bias = conv.bias if total is None else None
         y = nn.functional.conv2d(frames.flatten(0, 1), weight, bias, padding=(height // 2, width // 2), groups=C)
         y = y.unflatten(0, frames.shape[:2])
         if total is None:
             total = y
-        elif torch.is_grad_enabled():  # zeros where nothing comes in
+        elif torch.is_grad_enabled():  # pad with zeros: in-place addition has no gradient
             total = total + nn.functional.pad(y, (0, 0, 0, 0, 0, 0, -shift, shift))
         else:
             start, stop = max(-shift, 0), y.shape[1] - max(shift, 0)
@@ -52,7 +52,7 @@ def to_grid(patches: torch.Tensor, state: TokenState) -> torch.Tensor:
 
 
 def from_grid(grid: torch.Tensor, state: TokenState) -> torch.Tensor:
-    """(B, T, h, w, C) -> (B, T, N', C): what stands at the tokens' places."""
+    """(B, T, h, w, C) -> (B, T, N', C): the values at the tokens' places."""
     patches = grid.flatten(2, 3)
     if state.positions is None:
         return patches
@@ -61,7 +61,7 @@ def from_grid(grid: torch.Tensor, state: TokenState) -> torch.Tensor:
 
 def at_frames(P: torch.Tensor, num_frames: int) -> torch.Tensor:
     """A temporal position P (T, 1, C) interpolated linearly along time to (num_frames, 1, C)."""
-    # An exported program has no branches: there P is always interpolated, to the same values where T is its own.
+    # An exported program cannot branch: it always interpolates, which changes nothing where T is P's own.
     if torch.compiler.is_exporting() or num_frames != P.shape[0]:
         P = nn.functional.interpolate(P.permute(1, 2, 0), size=num_frames, mode="linear").permute(2, 0, 1)
     return P

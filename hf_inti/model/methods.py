@@ -4,8 +4,8 @@ Letters used in the whole package: B clips, T frames, L tokens per frame (the cl
 row-major order), D (the papers' C) width, H heads. Blocks are counted from 1, as the papers do; 0 is the place before
 the first block.
 
-Every hook is the identity by default. A method overrides those that it needs, keeps nothing between calls, and never
-learns about the configuration: what it may know of the tower comes as a `Tower`, its own options as keyword arguments.
+Every hook is the identity by default. A method overrides the hooks it needs, keeps no state between calls, and does not
+see the configuration: it gets the tower's numbers as a `Tower` and its own options as keyword arguments.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class Tower(NamedTuple):
-    """The numbers of the CLIP tower for which a method is built."""
+    """The numbers of the CLIP tower that a method is built for."""
 
     hidden_size: int
     intermediate_size: int
@@ -35,11 +35,11 @@ class Tower(NamedTuple):
 
 
 class TokenState(NamedTuple):
-    """What is known of tokens (B, T, L, D) besides their values.
+    """What is known about tokens (B, T, L, D) besides their values.
 
-    `positions` (B, T, L - num_class_tokens) holds each patch token's place on the grid in row-major order, `sizes`
-    (B, T, L) the number of patches merged into each token, and `source` (B, T, tokens of a whole frame) in which token
-    each of the frame's first ones is now, -1 where it was dropped; None means every patch in its place, of size 1.
+    `positions` (B, T, L - num_class_tokens): each patch token's place on the grid, in row-major order. `sizes`
+    (B, T, L): the number of patches merged into each token. `source` (B, T, 1 + N): the current index of each of the
+    frame's original tokens, -1 if dropped. None means that every patch is at its own place, with size 1.
     """
 
     num_class_tokens: int
@@ -50,13 +50,13 @@ class TokenState(NamedTuple):
 
 
 def check_frames(num_frames: int, multiple: int) -> None:
-    """Raise a ValueError that names the nearest numbers of frames, unless `num_frames` is a multiple of `multiple`."""
+    """Raise a ValueError with the nearest numbers of frames unless `num_frames` is a multiple of `multiple`."""
     if num_frames % multiple or num_frames == 0:
         below = num_frames // multiple * multiple
         near = [n for n in (below, below + multiple) if n > 0]
         raise ValueError(
-            f"got {num_frames} frames, but this compression and adaptation need a multiple of {multiple}; the nearest "
-            f"that work: {' and '.join(map(str, near))}."
+            f"the number of frames must be a multiple of {multiple} for this compression and adaptation, got "
+            f"{num_frames}; the nearest that work: {' and '.join(map(str, near))}."
         )
 
 
@@ -68,31 +68,31 @@ def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
 
 
 def block_rate(tower: Tower, i: int) -> float:
-    """The drop path rate of block i, counted from 1: it grows linearly from 0 at the first block."""
+    """The drop path rate of block i, counted from 1; it grows linearly from 0 at the first block."""
     return tower.drop_path_rate * (i - 1) / max(tower.num_hidden_layers - 1, 1)
 
 
 def is_count(value, min: int = 1, max: int | None = None) -> bool:
-    """Whether an option is a whole number in a range; True and False are none."""
+    """Whether an option is an integer in a range; booleans are not."""
     return type(value) is int and value >= min and (max is None or value <= max)
 
 
 def is_number(value) -> bool:
-    """Whether an option is a finite number; True and False are none."""
+    """Whether an option is a finite number; booleans are not."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
 class ResettableModule:
-    """A leaf module that CLIP does not have, and which therefore starts from its own `reset_parameters`.
+    """A leaf module that CLIP does not have and that initialises itself by `reset_parameters`.
 
-    transformers initialises parameters leaf by leaf and passes over modules that hold none themselves, so a new
-    parameter's initial value belongs to the leaf that owns it: the model resets every leaf of this kind, and
-    transformers sees to it that torch's initialisers leave loaded values alone meanwhile.
+    transformers initialises parameters leaf by leaf and skips modules without parameters of their own, so the leaf that
+    owns a new parameter must set its initial value: the model calls `reset_parameters` of every leaf of this kind.
+    transformers keeps torch's initialisers from touching loaded values.
     """
 
 
 class NewLinear(ResettableModule, nn.Linear):
-    """With torch's own initial values, under which the output keeps its scale at any width."""
+    """With torch's initial values, which keep the output's scale at any width."""
 
 
 class NewConv1d(ResettableModule, nn.Conv1d):
@@ -113,14 +113,14 @@ class ZeroLinear(ResettableModule, nn.Linear):
 
 
 class _Method(nn.Module):
-    """What compressions and adaptations share: options are the keyword-only arguments of `__init__`."""
+    """Base of compressions and adaptations: their options are the keyword-only arguments of `__init__`."""
 
     def __init__(self, tower: Tower, **options):
         super().__init__()
 
     @classmethod
     def check_option_names(cls, options: dict) -> None:
-        """Raise a ValueError for an option that this method does not have."""
+        """Raise a ValueError for an unknown option."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         valid = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
         for name in options:
@@ -135,14 +135,14 @@ class _Method(nn.Module):
         """Raise a ValueError for an option with a bad value."""
 
     def set_progress(self, progress: float) -> None:
-        """Training has come from 0 to `progress`, at most 1: for what changes in its course."""
+        """Update anything scheduled over training; `progress` runs from 0 to 1."""
 
 
 class Compression(_Method):
     """Fewer tokens: frames merged, or tokens of a frame merged or dropped. Its parameters always train."""
 
-    uses_layers = True  # whether it stands after the blocks named in `compression_layers`
-    keeps_grid = True  # whether a token stays at its place, the same in every frame
+    uses_layers = True  # whether it is placed by `compression_layers`
+    keeps_grid = True  # whether tokens keep their places, the same in every frame
     features: str | None = None  # what it reads of a block: "query", "key", "value" or, after the block, "ffn"
 
     def __init__(self, tower: Tower, layers: list[int], **options):
@@ -165,11 +165,11 @@ class Compression(_Method):
 
     @classmethod
     def frame_multiple(cls, layers: list[int]) -> int:
-        """The number of frames that it takes has to be a multiple of this."""
+        """The number of frames must be a multiple of this."""
         return 1
 
     def key_bias(self, state: TokenState) -> torch.Tensor | None:
-        """A bias (B, T, L) added to every query's logit for each key, such as ToMe's log size."""
+        """A bias (B, T, L) on the attention logits of each key, such as ToMe's log size."""
         return None
 
     def inside_block(self, i: int, x, keys, state: TokenState):
@@ -177,18 +177,18 @@ class Compression(_Method):
         return x, state
 
     def after_block(self, i: int, x, keys, state: TokenState):
-        """After block i, and with i = 0 and no keys before the first: x (B, T, L, D) -> x, state."""
+        """After block i; i = 0, without keys, is before the first: x (B, T, L, D) -> x, state."""
         return x, state
 
 
 class NoCompression(Compression):
-    """Every frame passes through the whole tower."""
+    """Every frame passes through the whole tower unchanged."""
 
     uses_layers = False
 
 
 class FrameInterpolation(GradientCheckpointingLayer):
-    """Base of the modules that merge pairs of frames with weights.
+    """Base of the modules that merge pairs of frames as weighted sums.
 
     `forward` takes x (B, T, L, D) and more, and returns the merged tokens (B, T/2, L, D) with the weights alpha and
     beta (B, T/2, L, 2); the model records the latter for `output_interpolation_weights`.
@@ -199,11 +199,11 @@ class Adaptation(_Method):
     """Modules that let the image tower see time."""
 
     needs_grid = False  # whether it needs the same token at the same place in every frame
-    drops_blocks = True  # whether `drop_path_rate` is for CLIP's branches, or only for the method's own
+    drops_blocks = True  # whether `drop_path_rate` applies to CLIP's branches, or only to the method's own
 
     @classmethod
     def frame_multiple(cls, **options) -> int:
-        """By how much `embed_patches` divides the number of frames."""
+        """The factor by which `embed_patches` reduces the number of frames."""
         return 1
 
     def embed_patches(self, pixel_values: torch.Tensor, patch_embedding: nn.Conv2d) -> torch.Tensor:
@@ -215,7 +215,7 @@ class Adaptation(_Method):
         return x
 
     def start(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The start value of `side`, a second stream that reads the blocks' outputs."""
+        """The initial value of `side`, a second stream that reads the blocks' outputs."""
         return None
 
     def before_attention(self, i: int, x, state: TokenState, attend: Callable) -> torch.Tensor:

@@ -100,8 +100,8 @@ class InTIClipVisionEmbeddings(CLIPVisionEmbeddings, Optimizable):
         height, width = pixel_values.shape[-2:]
         if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
             raise ValueError(
-                f"pixel_values are {height} x {width} pixels, this model was made for {self.image_size} x "
-                f"{self.image_size}; resize them or pass interpolate_pos_encoding=True."
+                f"pixel_values must be {self.image_size} x {self.image_size} pixels, got {height} x {width}; resize "
+                "them or pass interpolate_pos_encoding=True."
             )
         patches = adaptation.embed_patches(pixel_values.to(self.patch_embedding.weight.dtype), self.patch_embedding)
         grid = (patches.shape[-2], patches.shape[-1])
@@ -119,7 +119,7 @@ class InTIClipVisionEmbeddings(CLIPVisionEmbeddings, Optimizable):
 
 
 class InTIClipAttention(CLIPAttention, Optimizable):
-    """CLIP's attention within each frame, which lets a method change keys and values and returns what it reads."""
+    """CLIP's attention within each frame; methods may change keys and values and read projections."""
 
     def check_optimizable(self) -> None:
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -155,7 +155,7 @@ class InTIClipAttention(CLIPAttention, Optimizable):
         if key_bias is not None:
             if "flash" in implementation:
                 raise ValueError(
-                    f"this compression adds a bias to the attention, which {implementation} has no way to take; "
+                    f"attn_implementation must take an attention bias for this compression, got {implementation}; "
                     'load the model with attn_implementation="sdpa".'
                 )
             mask = key_bias.flatten(0, 1)[:, None, None].to(x.dtype)  # (B*T, 1, 1, L)
@@ -222,15 +222,15 @@ class InTIClipEncoderLayer(CLIPEncoderLayer):
 
     def _normed_attention(self, h: torch.Tensor, inner: Callable | None = None) -> torch.Tensor:
         h = self.layer_norm1(h)
-        # Not through __call__: a second recorded attention per block would be taken for another block's.
+        # Not through __call__, which would record a second attention for this block.
         return self.self_attn.attend(h if inner is None else inner(h))[0]
 
 
 class InTIClipEncoder(CLIPEncoder):
-    """The blocks, the compression after them and the adaptation beside them."""
+    """The blocks, with the compression and the adaptation between and around them."""
 
     def __init__(self, config: InTIClipVisionConfig):
-        nn.Module.__init__(self)  # CLIP's own would build blocks only to have them replaced
+        nn.Module.__init__(self)  # CLIP's would build blocks that are then replaced
         self.config = config
         self.layers = nn.ModuleList(InTIClipEncoderLayer(config, i + 1) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
@@ -255,8 +255,8 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
     _no_split_modules = ["InTIClipVisionEmbeddings", "InTIClipEncoderLayer", "FrameInterpolation", "InTI"]
     _supports_flex_attn = False
     _can_record_outputs = {
-        # The embeddings are taken from behind the first LayerNorm and not from the first block's input, which a
-        # compression before it would have changed.
+        # The embeddings are the first LayerNorm's output, not the first block's input, which a compression may have
+        # changed.
         "hidden_states": [
             OutputRecorder(None, class_name="pre_layrnorm", capture_initial_hidden_state=False),
             OutputRecorder(InTIClipEncoderLayer, capture_initial_hidden_state=False),
@@ -304,19 +304,19 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         return loaded
 
     def set_training_progress(self, progress: float) -> None:
-        """Tell the methods how far training is, from 0 to 1: STTS lets its noise fade with it."""
+        """Tell the methods how far training is, from 0 to 1; STTS's noise decays with it."""
         if not 0 <= progress <= 1:
-            raise ValueError(f"training progress goes from 0 to 1, got {progress}.")
+            raise ValueError(f"progress must be from 0 to 1, got {progress}.")
         self.base_model.compression.set_progress(progress)
         self.base_model.adaptation.set_progress(progress)
 
     def optimize_for_inference(self) -> Self:
-        """Let evaluation without gradients compute the same outputs (within rounding, 1e-5 in float32) faster.
+        """Make evaluation without gradients faster, with the same outputs (within rounding, 1e-5 in float32).
 
-        Queries, keys and values become one product, CLIP's activation is taken into the products around it, and InTI
-        concatenates no tokens. What is saved, trained and differentiated stays as it is, no weight is held twice, and
-        weights that change are followed. Returns the model itself. Raises ValueError where linear layers are not the
-        model's own: under LoRA, with hooks, quantised, offloaded.
+        Queries, keys and values become one matrix product, the scales of CLIP's activation move into the products
+        around it, and InTI concatenates no tokens. Saving, training and gradients are not affected, no weight is
+        copied, and changed weights take effect. Returns the model. Raises ValueError unless linear layers are the
+        model's own, so under LoRA, with hooks, quantised or offloaded.
         """
         modules = [module for module in self.modules() if isinstance(module, Optimizable)]
         for module in modules:
@@ -326,7 +326,7 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         return self
 
     def compile(self, *args, **kwargs) -> None:
-        """As torch has it, without a default that lays out (B, T, L, D) as if it were pictures, frames innermost."""
+        """torch's compile, without inductor's layout optimisation, which takes (B, T, L, D) for images."""
         if not args and not kwargs.keys() & {"backend", "mode", "options"}:
             kwargs["options"] = {"layout_optimization": False}
         super().compile(*args, **kwargs)
@@ -470,7 +470,9 @@ class InTIClipVisionModel(InTIClipPreTrainedModel, CLIPVisionModel):
 
     def _check_input(self, pixel_values: torch.Tensor | None) -> None:
         if pixel_values is None:
-            raise ValueError("pixel_values are missing: pass frames of shape (B, T, channels, height, width).")
+            raise ValueError(
+                "pixel_values must be given, got None; pass frames of shape (B, T, channels, height, width)."
+            )
         channels = self.config.num_channels
         if pixel_values.dim() != 5 or pixel_values.shape[2] != channels:
             raise ValueError(
@@ -485,7 +487,7 @@ class InTIClipForVideoClassification(InTIClipPreTrainedModel):
 
     def __init__(self, config: InTIClipVisionConfig):
         super().__init__(config)
-        self.loss_type = "ForVideoClassification"  # by class name alone, a subclass of this could lose it
+        self.loss_type = "ForVideoClassification"  # otherwise looked up by class name, which fails for subclasses
         self.num_labels = config.num_labels
         self.vision_model = InTIClipVisionModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -523,17 +525,17 @@ class InTIClipForVideoClassification(InTIClipPreTrainedModel):
         )
 
     def _check_labels(self, labels: torch.Tensor) -> None:
-        # Where the labels are on an accelerator, looking at them would make every step wait for it.
+        # Reading labels on an accelerator would make every step wait for it.
         if labels.is_floating_point() or labels.device.type != "cpu" or torch.compiler.is_compiling():
             return
         outside = labels[(labels >= self.num_labels) | ((labels < 0) & (labels != -100))]
         if self.num_labels > 1 and outside.numel():
             raise ValueError(
-                f"got label {outside[0].item()}, but this model has {self.num_labels} classes (0 to "
-                f"{self.num_labels - 1}); correct the labels, or load the model with a larger num_labels."
+                f"labels must be from 0 to {self.num_labels - 1}, the model's classes, got {outside[0].item()}; "
+                "correct them, or load the model with a larger num_labels."
             )
 
 
-# What is saved carries the code that loads it where this package is not installed.
+# Saved checkpoints carry the code that loads them where this package is not installed.
 InTIClipVisionModel.register_for_auto_class("AutoModel")
 InTIClipForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")

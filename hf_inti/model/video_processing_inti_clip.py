@@ -31,7 +31,7 @@ OPTIONS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size",
     "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
-# What other processors leave open and this one always does: files may say so, nobody can change it.
+# Fixed options: config files may state them, but only with these values.
 FIXED = {
     "default_to_square": False,
     "do_convert_rgb": True,
