@@ -50,12 +50,15 @@ def flags_of(script: tuple[str, ...], cache: dict = {}) -> set[str]:  # noqa: B0
     if script not in cache:
         printed, argv, path = io.StringIO(), sys.argv, list(sys.path)
         sys.argv = [*script, "--help"]
+        sys.path.append(str(ROOT / "scripts"))  # last: scripts/evaluate.py must not hide the library of that name
         try:
             with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
                 runpy.run_path(str(ROOT / "scripts" / script[0]), run_name="__main__")
         finally:
             sys.argv, sys.path = argv, path
-        cache[script] = set(re.findall(r"--\w+", printed.getvalue()))
+        cache[script] = set(re.findall(r"--[\w-]+", printed.getvalue()))
+        if script == ("compare.py", "methods"):  # hands what it does not know to train.py
+            cache[script] |= flags_of(("train.py",))
     return cache[script]
 
 
@@ -115,9 +118,10 @@ def test_methods_python(places):
     assert len(names["videomae"].videomae.encoder.layer[0]._forward_hooks) == 1
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 def test_inference_python(places, capsys):
     names = run("inference.md")
-    assert names["logits"].shape == (12, 4)
+    assert names["pixel_values"].shape == (12, 16, 3, 224, 224) and names["scores"].shape == (4,)
     label, best = capsys.readouterr().out.splitlines()
     assert label in names["model"].config.label2id and best.count("'label'") == 3
 
@@ -133,7 +137,7 @@ def test_trainer_script(places):
 
 
 @pytest.mark.slow
-def test_hub_python(places, capsys, monkeypatch):
+def test_hub_python(places, capsys):
     names = run("hub.md")
     assert names["model"].config.num_labels == 4
     assert names["tower"].config.hidden_size == TINY["hidden_size"]
@@ -161,7 +165,7 @@ def test_flags_in_text_exist():
     )
     for page, text in PAGES.items():
         for code in re.findall(r"`([^`\n]+)`", text):
-            assert set(re.findall(r"(?<!\S)--\w+", code)) <= known, f"{page}: `{code}`"
+            assert set(re.findall(r"(?<!\S)--[\w-]+", code)) <= known, f"{page}: `{code}`"
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
