@@ -1,6 +1,7 @@
 """The pages are true: their Python runs, their commands and flags exist, their paths and links lead somewhere."""
 
 import contextlib
+import inspect
 import io
 import re
 import runpy
@@ -14,6 +15,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, VideoMAEConfig, Vide
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.measure.costs import count_costs
+from hf_inti.model.adaptation import ADAPTATIONS
+from hf_inti.model.compression import COMPRESSIONS
 
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +189,18 @@ def test_links_and_paths_lead_somewhere(page):
     # `results/` is written by benchmarks; the test of its tables looks there.
     for path in re.findall(r"`((?:hf_inti|scripts|tests|docs|model_cards)/[\w./-]*)`", PAGES[page]):
         assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+@pytest.mark.parametrize("word, methods", [("compression", COMPRESSIONS), ("adaptation", ADAPTATIONS)])
+def test_tables_of_methods_name_all_options(word, methods):
+    (table,) = re.findall(rf"^\| `{word}` \|.*\n(?:\|.*\n)+", PAGES["methods.md"], re.MULTILINE)
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    column = header.index(f"`{word}_options`")
+    named = {row[0].strip('`"'): set(re.findall(r"`(\w+)`", row[column])) for row in rows}
+    for name, method in methods.items():
+        parameters = inspect.signature(method).parameters.values()
+        assert named.pop(name) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}, name
+    assert not named
 
 
 def test_map_names_every_room():
