@@ -1,6 +1,7 @@
 # make demo   train InTI and Naive on a small video dataset, evaluate, predict, draw
 # make test   run the tests
 # make benchmark  measure speed and memory and hold them against the targets: an hour on 2 cores
+# make mutants  change the model line by line and see whether the tests notice: an hour on 2 cores, goes on where it stopped
 # make check  lint and the fast tests, before a commit
 # make clean  remove what these made
 #
@@ -15,7 +16,7 @@ SEED ?= 0
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 RUN = .venv/bin/python
 
-.PHONY: demo test benchmark check lint clean
+.PHONY: demo test benchmark mutants check lint clean
 
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -43,21 +44,24 @@ test: .venv/installed
 
 BENCHMARK = $(RUN) scripts/benchmark.py
 PAIR = $(BENCHMARK) models scripts/benchmarks/naive_
-OUT = --output_dir outputs/benchmark
+OUT = --output_dir results/benchmarks
 
 benchmark: .venv/installed
-	$(PAIR)b16.yaml --matmul_precision medium $(OUT)/plain
-	$(BENCHMARK) models scripts/benchmarks/limit.yaml $(OUT)/optimized
-	$(PAIR)b16.yaml --optimize true --precision bf16 $(OUT)/bf16
-	$(PAIR)b16.yaml --optimize true --matmul_precision medium --compile true $(OUT)/compiled
-	$(PAIR)l14.yaml --optimize true --matmul_precision medium $(OUT)/l14
-	$(PAIR)l14.yaml --optimize true --precision bf16 $(OUT)/l14_bf16
-	$(BENCHMARK) models scripts/benchmarks/training_b16.yaml $(OUT)/training
+	$(PAIR)b16.yaml --matmul_precision medium $(OUT)/naive_b16_plain
+	$(BENCHMARK) models scripts/benchmarks/limit.yaml $(OUT)/limit
+	$(PAIR)b16.yaml --optimize true --precision bf16 $(OUT)/naive_b16_bf16
+	$(PAIR)b16.yaml --optimize true --matmul_precision medium --compile true $(OUT)/naive_b16_compiled
+	$(PAIR)l14.yaml --optimize true --matmul_precision medium $(OUT)/naive_l14
+	$(PAIR)l14.yaml --optimize true --precision bf16 $(OUT)/naive_l14_bf16
+	$(BENCHMARK) models scripts/benchmarks/training_b16.yaml $(OUT)/training_b16
 	$(BENCHMARK) models scripts/benchmarks/peers.yaml $(OUT)/peers
 	$(BENCHMARK) decoding scripts/benchmarks/decoding.yaml $(OUT)/decoding
 	$(BENCHMARK) prediction scripts/benchmarks/prediction.yaml $(OUT)/prediction
 	$(BENCHMARK) export scripts/benchmarks/export.yaml $(OUT)/export
 	$(BENCHMARK) growth scripts/benchmarks/growth.yaml $(OUT)/growth
+
+mutants: .venv/installed
+	$(RUN) tests/mutation/run.py
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

@@ -47,7 +47,7 @@ def test_source_line():
 
 def test_markdown_table():
     assert markdown_table(["a", "bb", "c"], [["x", "1", "text"]], left={0, 2}) == (
-        "| a | bb | c    |\n| - | -: | ---- |\n| x |  1 | text |\n"
+        "| a  | bb | c    |\n| -- | -: | ---- |\n| x  |  1 | text |\n"
     )
 
 

@@ -13,6 +13,7 @@ Every contestant reads the same 16 frames, evenly spaced, and makes pixel values
 import gc
 import importlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -265,18 +266,17 @@ def main(arguments: list[str]) -> int:
     """`benchmark.py decoding`. Raises ValueError for settings that do not fit and frames of ours that are wrong."""
     args = parse_recipe([DecodingArguments], arguments, description=__doc__)[0]
     args.pin_threads()
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    clips = {}
-    for clip in args.clips:
-        if Path(clip).is_file():
-            clips[Path(clip).stem.replace(" ", "_")] = Path(clip)
-        else:
-            width, height, distance = map(int, clip.replace("x", ",").split(","))
-            name = f"{width}x{height}_{distance}"
-            clips[name] = make_clip(folder / f"{name}.mp4", ENCODED_SECONDS, width, height, distance)
-    rows, notes = measure_clips(clips, args.repetitions)
-    rows |= memory_of_lengths(folder, args.lengths, torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as scratch:
+        clips = {}
+        for clip in args.clips:
+            if Path(clip).is_file():
+                clips[Path(clip).stem.replace(" ", "_")] = Path(clip)
+            else:
+                width, height, distance = map(int, clip.replace("x", ",").split(","))
+                name = f"{width}x{height}_{distance}"
+                clips[name] = make_clip(Path(scratch) / f"{name}.mp4", ENCODED_SECONDS, width, height, distance)
+        rows, notes = measure_clips(clips, args.repetitions)
+        rows |= memory_of_lengths(Path(scratch), args.lengths, torch.get_num_threads())
     about = f"16 frames to normalised pixels; CLIP's processor is {type(_clip_processor()).__name__}. {' '.join(notes)}"
     return report("Decoding", rows, args, about.strip())
 

@@ -3,6 +3,7 @@
 import functools
 import runpy
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,23 +97,28 @@ class PredictionArguments(TimingArguments):
     num_videos: int = field(default=100, metadata={"help": "How many are made, of 10 seconds and 340 x 256."})
 
 
+def prepare(args: PredictionArguments, scratch: Path) -> tuple[str, Path]:
+    """The model and the folder of videos that were given, or ones made in `scratch`."""
+    model, videos = args.model or str(scratch / "model"), Path(args.videos or scratch / "videos")
+    if args.videos is None:
+        videos.mkdir()
+        first = make_clip(videos / "000.mp4", ENCODED_SECONDS, 340, 256, 250)
+        for n in range(1, args.num_videos):
+            (videos / f"{n:03d}.mp4").write_bytes(first.read_bytes())
+    if args.model is None:
+        build({"size": "B/16", "compression_layers": [5, 7]}).save_pretrained(model)
+        InTIClipVideoProcessor().save_pretrained(model)
+    return model, videos
+
+
 def main(arguments: list[str]) -> int:
     """`benchmark.py prediction`. Raises ValueError for settings that do not fit and for a run that failed."""
     args = parse_recipe([PredictionArguments], arguments, description=__doc__)[0]
     args.pin_threads()
-    folder = Path(args.output_dir)
-    videos = Path(args.videos or folder / "videos")
-    videos.mkdir(parents=True, exist_ok=True)
-    if args.videos is None:
-        first = make_clip(videos / "000.mp4", ENCODED_SECONDS, 340, 256, 250)
-        for n in range(1, args.num_videos):
-            (videos / f"{n:03d}.mp4").write_bytes(first.read_bytes())
-    model = args.model or str(folder / "model")
-    if args.model is None:
-        build({"size": "B/16", "compression_layers": [5, 7]}).save_pretrained(model)
-        InTIClipVideoProcessor().save_pretrained(model)
-    count = sum(path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS for path in videos.rglob("*"))
-    rows = measure_prediction(model, videos, args.repetitions, torch.get_num_threads(), folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        model, videos = prepare(args, Path(scratch))
+        count = sum(path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS for path in videos.rglob("*"))
+        rows = measure_prediction(model, videos, args.repetitions, torch.get_num_threads(), Path(scratch))
     about = (
         f"scripts/predict.py on {count} videos, its decoding alone (logits at once), its model alone (clips at once) "
         f"and neither (its start, which is part of all): it takes {rows['predict']['of_slower']:.2f} times the slower "
