@@ -115,5 +115,5 @@ def test_from_clip_refuses_other_models(tmp_path):
         InTIClipVisionConfig.from_clip(str(tmp_path))
     with pytest.raises(ValueError, match="clip must be a CLIP or CLIP vision checkpoint"):
         InTIClipVisionConfig.from_clip(CLIPTextConfig())
-    with pytest.raises(ValueError, match="loaded with InTIClipVisionConfig.from_pretrained"):
+    with pytest.raises(ValueError, match="load an InTI-CLIP checkpoint with"):
         InTIClipVisionConfig.from_clip(InTIClipVisionConfig())
