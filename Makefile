@@ -61,6 +61,7 @@ benchmark: .venv/installed
 	$(BENCHMARK) growth scripts/benchmarks/growth.yaml $(OUT)/growth
 
 mutants: .venv/installed
+	$(PIP) -e ".[test,mutants]"
 	$(RUN) tests/mutation/run.py
 
 lint: .venv/installed
