@@ -37,7 +37,7 @@ demo: .venv/installed
 	$(RUN) scripts/evaluate.py demo/inti/last --data_dir demo/data
 	$(RUN) scripts/predict.py demo/inti/last demo/data/test/*/000.mp4 --top_k 2
 	$(RUN) scripts/visualize.py demo/inti/last demo/data/test/slides_right/000.mp4 --output demo/figure4.png
-	$(RUN) scripts/report_demo.py
+	$(RUN) scripts/report_demo.py --seed $(SEED)
 
 test: .venv/installed
 	$(RUN) -m pytest -n auto --dist loadfile
