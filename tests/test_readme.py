@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import json
 import re
 import runpy
 import sys
@@ -243,3 +244,36 @@ def test_table_of_costs():
             if figure:
                 config = InTIClipVisionConfig(**TOWERS[row.tower], **options, num_labels=400)
                 assert f"{count_costs(config)['total'].gmacs:.1f}" == figure, (size, layers, cube)
+
+
+def ratio(folder: str, field: str, contestant: str = "inti") -> float:
+    rows = json.loads((ROOT / "results" / "benchmarks" / folder / "benchmark.json").read_text())["rows"]
+    return rows[contestant][field] / rows["naive"][field]
+
+
+RATIOS = re.findall(r"^\| ([\w ,-]+) \| ([\d.]+) \| ([\d.]+) \| `(\w+)/` \|$", PAGES["benchmarks.md"], re.MULTILINE)
+
+
+def test_ratios_are_found():
+    assert len(RATIOS) == 10
+
+
+@pytest.mark.parametrize("what, inti, dwconv, folder", RATIOS, ids=[f"{row[3]}: {row[0]}" for row in RATIOS])
+def test_ratios_are_those_of_their_results(what, inti, dwconv, folder):
+    fields = {"multiply-adds": "gmacs", "activation memory of that step": "activation_memory_bytes"}
+    field = fields.get(what, "seconds")
+    assert [f"{ratio(folder, field, name):.3f}" for name in ("inti", "inti_dwconv")] == [inti, dwconv]
+
+
+def test_speed_in_the_readme_is_measured():
+    words = " ".join(README.split())
+    (found,) = re.findall(
+        r"takes ([\d.]+) of Naive's time \((\d+) against (\d+) ms.*? for ([\d.]+) .*? in ([\d.]+)\.", words
+    )
+    rows = json.loads((ROOT / "results" / "benchmarks" / "limit" / "benchmark.json").read_text())["rows"]
+    assert found == (
+        f"{ratio('limit', 'seconds'):.2f}",
+        *(f"{1e3 * rows[name]['seconds']:.0f}" for name in ("inti", "naive")),
+        f"{ratio('limit', 'gmacs'):.2f}",
+        f"{ratio('training_b16', 'seconds'):.2f}",
+    )
