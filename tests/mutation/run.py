@@ -39,7 +39,7 @@ FOLDER = ROOT / "results" / "mutants"
 CONFIG = ROOT / "tests" / "mutation" / "cosmic_ray.toml"
 SESSION, COVERING = FOLDER / "session.sqlite", FOLDER / "covering.json"
 TESTS = (
-    "adaptations compression_inti configuration contract inference methods method_references modeling "
+    "adaptations compression_inti configuration contract edges inference methods method_references modeling "
     "reference_vectors sta stts video_processing"
 ).split()
 SLOW = 4.0  # seconds; slower tests are left out

@@ -1,0 +1,257 @@
+"""Edges that a mutation of the code moved without any other test noticing: bounds, defaults, the first and the last."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from conftest import TINY
+from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
+from hf_inti.model.adaptation_zeroi2v import head_groups
+from hf_inti.model.compression_sta import PRIME, STA, draw_for, scramble, semantic_importance
+from hf_inti.model.compression_stts import STTS
+from hf_inti.model.compression_tome import bipartite_soft_matching, kth_bipartite_soft_matching, merge, r_schedule
+from hf_inti.model.fast_paths import fused_linear, pack_parameters
+from hf_inti.model.methods import check_frames, is_count, is_number
+
+
+@pytest.fixture
+def tower(tiny_config):
+    return tiny_config().tower
+
+
+# Options and defaults.
+
+
+def test_whole_numbers_in_a_range():
+    assert is_count(1) and is_count(3, 3) and is_count(0, 0) and is_count(5, 1, 5)
+    assert not any((is_count(0), is_count(2, 3), is_count(6, 1, 5), is_count(True), is_count(2.0), is_count("2")))
+    assert is_number(2) and is_number(-0.5)
+    assert not any((is_number(True), is_number(float("inf")), is_number(float("nan")), is_number("1")))
+
+
+@pytest.mark.parametrize("number, multiple, near", [(0, 2, "2"), (3, 2, "2 and 4"), (7, 4, "4 and 8"), (1, 2, "2")])
+def test_nearest_numbers_of_frames(number, multiple, near):
+    with pytest.raises(ValueError, match=f"work: {near}\\."):
+        check_frames(number, multiple)
+    check_frames(multiple, multiple)
+
+
+def test_sta_defaults(tower):
+    for patches, r in ((196, 48), (49, 12), (16, 4), (15, 1), (2, 1), (1, 0)):
+        assert STA._default_r(tower._replace(num_patches=patches)) == r
+    sta = STA(tower._replace(num_patches=196, num_hidden_layers=12), [])
+    assert sta.stages == [(1, 48, "F"), (5, 24, "B"), (9, 12, "F")]
+    assert (sta.first_frame, sta.scores, sta.features, sta.heads) == ("tome", "both", "key", 4)
+    assert STA(tower, [], similarity="ffn").heads == 1
+
+
+def test_sta_may_leave_one_patch(tower):
+    STA.check_options(tower, r=5, schedule="constant")  # 15 of 16
+    with pytest.raises(ValueError, match=r"drops 6 \+ 6 \+ 6 of 16"):
+        STA.check_options(tower, r=6, schedule="constant")
+    STA.check_options(tower._replace(num_patches=8), r=4)
+    with pytest.raises(ValueError, match=r"drops 4 \+ 2 \+ 1 of 7"):
+        STA.check_options(tower._replace(num_patches=7), r=4)
+
+
+def test_stts_defaults(tower):
+    stts = STTS(tower._replace(num_hidden_layers=12), [])
+    assert stts.plan == ([[0, 0.5]], [[4, 0.6]])
+    topk = stts.temporal[0].topk
+    assert (topk.sigma.item(), topk.num_samples, topk.gradient) == (pytest.approx(0.1), 500, "released")
+    assert stts.spatial[0].stride is None
+    assert STTS(tower, [], spatial=[[1, 0.5]]).plan == ([], [[1, 0.5]])
+
+
+def test_stts_counts_the_squares_that_it_keeps(tower):
+    STTS.check_options(tower, spatial=[[1, 0.3], [2, 0.25]])  # 16 -> 4 -> 1
+    with pytest.raises(ValueError, match="at least one of 4 patches"):
+        STTS.check_options(tower, spatial=[[1, 0.3], [2, 0.2]])
+    with pytest.raises(ValueError, match="at least one of 4 frames, got 0.2; .* at least 5 frames"):
+        STTS.check_options(tower, temporal=[[1, 0.5], [3, 0.2]])
+    for plan in ([[5, 0.5]], [[1, 0]], [[1, 1.1]], [[1, 0.5], [1, 0.4]], [[1]], "1", [[-1, 0.5]]):
+        with pytest.raises(ValueError, match="list of pairs"):
+            STTS.check_options(tower, temporal=plan)
+    STTS.check_options(tower, temporal=[[0, 1], [4, 0.5]], sigma=0, num_samples=1, stride=1)
+
+
+@pytest.mark.parametrize(
+    "size", ["3", [3, 1], [4, 1, 1], [1, 1, 1], [3, 2, 1], [3, 1, 2], [3, 1, 0], [True, 1, 1], ["3", 1, 1], [3, 1, "1"]]
+)
+def test_conv_pooling_kernels_that_are_refused(size, tiny_config):
+    with pytest.raises(ValueError, match="kernel_size must be"):
+        tiny_config(compression="conv_pooling", compression_options={"kernel_size": size})
+
+
+def test_parts_of_heads():
+    assert head_groups({"1": 1 / 12, "-2": 4 / 3}, 4, 48) == [(1, 1), (-2, 16)]
+    assert head_groups([[2, 1], [-1, 3]], 4, 48) == [(2, 12), (-1, 36)]
+    with pytest.raises(ValueError, match="must map offsets"):
+        head_groups({"1": 1 / 24}, 4, 48)
+
+
+@pytest.mark.parametrize("adaptation", ["aim", "zeroi2v"])
+def test_adapters_of_one_channel(adaptation, tiny_config):
+    options = {"ratio": 1 / 48}
+    model = InTIClipVisionModel(tiny_config(compression="none", adaptation=adaptation, adaptation_options=options))
+    assert min(p.shape[0] for name, p in model.adaptation.named_parameters() if "down.weight" in name) == 1
+
+
+def test_each_stage_of_inti_has_positions_of_its_own_frames(tiny_config):
+    model = InTIClipVisionModel(tiny_config(compression_layers=[0, 2, 4]))
+    assert [stage.position.P.shape[0] for stage in model.compression.stages] == [8, 4, 2]
+    assert model.compression.stages[0].position.P.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+# STA's random numbers, computed again.
+
+
+def test_scramble_is_a_fifth_power():
+    for n in (0, 1, 195, 10**6, PRIME - 1):
+        wanted = n
+        for constant in (1013904223, 374761393, 668265263):
+            wanted = pow(wanted + constant, 5, 2**31 - 1)
+        assert scramble(torch.tensor([n])).item() == wanted
+
+
+def test_draws_follow_four_mean_features():
+    x = torch.randn(2, 6, 17)
+    places = torch.tensor([[0, 3, 5, 1, 2, 4], [5, 4, 3, 2, 1, 0]])
+    draws = draw_for(x, places, training=False)
+    for b in range(2):
+        scale, seed = x[b].abs().mean(), torch.tensor([0])
+        for channel in (0, 4, 8, 12):  # a quarter of 17 apart, and not the fifth
+            level = torch.round(x[b, :, channel].mean() / scale * 64).long()
+            seed = scramble(seed + level)
+        for k in range(6):
+            wanted = scramble(seed + scramble(places[b, k : k + 1])) / PRIME
+            torch.testing.assert_close(draws[b, k : k + 1], wanted)
+    narrow = draw_for(x[..., :3], places, training=False)
+    assert narrow.shape == (2, 6) and draw_for(torch.zeros(1, 6, 8), places[:1], False).isfinite().all()
+
+
+def test_equal_tokens_are_equally_important():
+    assert not semantic_importance(torch.ones(1, 2, 3, 4)).any()
+
+
+# ToMe's matching.
+
+
+def test_tome_without_merging():
+    metric = torch.randn(2, 7, 5)
+    for r in (0, -1):
+        matching = bipartite_soft_matching(metric, r)
+        assert matching.num_tokens == 7 and matching.target.tolist() == [list(range(7))] * 2
+        assert matching.unm_idx.tolist() == [[0, 1, 2, 3]] * 2
+        assert matching.src_idx.shape == matching.dst_idx.shape == (2, 0)
+
+
+def test_tome_protects_both_tokens_in_front():
+    metric = torch.randn(3, 9, 5)
+    matching = bipartite_soft_matching(metric, 99, class_token=True, distill_token=True)
+    assert matching.num_tokens == 9 - 3 and matching.src_idx.shape[1] == 3  # half of the seven others
+    x = torch.randn(3, 9, 4)
+    out = merge(x, matching, "sum")
+    assert torch.equal(out[:, :2], x[:, :2])
+    for b in range(3):
+        alone = [k for k in range(2, 9) if (matching.target[b] == matching.target[b, k]).sum() == 1]
+        order = [matching.target[b, k].item() for k in alone if k % 2 == 0]
+        assert order == sorted(order) and all(t >= 2 for t in order)
+        assert sorted(set(matching.target[b].tolist())) == list(range(6))
+    torch.testing.assert_close(out.sum(dim=1), x.sum(dim=1))
+
+
+def test_every_kth_token():
+    metric = torch.randn(1, 6, 5)
+    assert kth_bipartite_soft_matching(metric, 1).target.tolist() == [list(range(6))]
+    assert kth_bipartite_soft_matching(metric, 6).target.tolist() == [[0] * 6]
+    assert kth_bipartite_soft_matching(metric, 4).target.shape == (1, 4)
+    for k in (0, 7):
+        with pytest.raises(ValueError, match="k must be from 1 to 6"):
+            kth_bipartite_soft_matching(metric, k)
+
+
+def test_tome_schedules_of_shallow_towers():
+    assert r_schedule(2, (4, -1.0)) == [8, 0] and r_schedule(2, (4, 1.0)) == [0, 8]
+    assert r_schedule(1, (4, -1.0)) == [4] and r_schedule(1, 3) == [3]
+    assert r_schedule(3, []) == [0, 0, 0] and r_schedule(2, [1, 2]) == [1, 2]
+    for r in (-1, True, 2.0, (3, 1.5), (3, -1.5), [1, 2, 3], [1, -1], [True]):
+        with pytest.raises(ValueError, match="ToMe's r"):
+            r_schedule(2, r)
+
+
+# The model.
+
+
+def test_pictures_of_another_size_are_clips(tiny_config):
+    """With interpolated positions a frame of another size gives what transformers' CLIP gives."""
+    torch.manual_seed(0)
+    clip = CLIPVisionModel(CLIPVisionConfig(**TINY)).eval()
+    model = InTIClipVisionModel(tiny_config(compression="none")).eval()
+    model.load_state_dict(clip.state_dict(), strict=False)
+    pixel_values = torch.randn(2, 3, 3, 48, 40)
+    with torch.no_grad():
+        wanted = clip(pixel_values.flatten(0, 1), interpolate_pos_encoding=True).last_hidden_state
+        got = model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(got.flatten(0, 1), wanted)
+
+
+def test_hints_on_pixel_values(tiny_config):
+    model = InTIClipVisionModel(tiny_config())
+    with pytest.raises(ValueError, match="add the batch dimension"):
+        model(torch.zeros(8, 3, 32, 32))
+    for shape in ((1, 8, 4, 32, 32), (8, 3, 32), (1, 1, 8, 3, 32, 32)):
+        with pytest.raises(ValueError) as error:
+            model(torch.zeros(shape))
+        assert "batch dimension" not in str(error.value)
+
+
+def test_adapters_of_another_model_are_refused(tiny_config, tmp_path):
+    options = {"compression": "none", "adaptation": "aim"}
+    InTIClipForVideoClassification(tiny_config(**options)).save_trained_only(tmp_path)
+    with pytest.raises(ValueError):  # the same names, other shapes
+        InTIClipForVideoClassification(tiny_config(**options, num_labels=7)).load_trained_only(tmp_path)
+    with pytest.raises(ValueError):  # other names
+        InTIClipForVideoClassification(tiny_config(compression="none", adaptation="st_adapter")).load_trained_only(
+            tmp_path
+        )
+
+
+def test_fused_layers_need_both_weights_and_biases_packed():
+    linears = [nn.Linear(4, 3), nn.Linear(4, 5)]
+    x = torch.randn(2, 4)
+    assert fused_linear(x, linears) is None
+    pack_parameters(linears)
+    with torch.no_grad():
+        for got, linear in zip(fused_linear(x, linears), linears, strict=True):
+            torch.testing.assert_close(got, linear(x))
+    linears[1].bias = nn.Parameter(linears[1].bias.detach().clone())
+    assert fused_linear(x, linears) is None
+    pack_parameters(linears)
+    linears[0].weight = nn.Parameter(linears[0].weight.detach().clone())
+    assert fused_linear(x, linears) is None
+
+
+def test_labels_at_both_ends(tiny_config):
+    model = InTIClipForVideoClassification(tiny_config())
+    x = torch.randn(1, 8, 3, 32, 32)
+    for label in (0, 4, -100):
+        model(x, labels=torch.tensor([label]))
+    for label in (5, -1):
+        with pytest.raises(ValueError, match="from 0 to 4"):
+            model(x, labels=torch.tensor([label]))
+
+
+def test_a_configuration_takes_the_smallest_values():
+    config = InTIClipVisionConfig(
+        **{**TINY, "image_size": 8}, num_frames=1, num_labels=1, compression="none", drop_path_rate=0.99
+    )
+    assert config.tower.num_patches == 1
+    for field in ({"drop_path_rate": 1}, {"classifier_dropout": 1.0}, {"drop_path_rate": -0.1}, {"num_frames": 0}):
+        with pytest.raises(ValueError):
+            InTIClipVisionConfig(**{**TINY, "compression": "none", **field})
+    for field in ({"patch_size": 33}, {"patch_size": 0}, {"num_hidden_layers": 0}, {"num_labels": 0}):
+        with pytest.raises(ValueError):
+            InTIClipVisionConfig(**{**TINY, "compression": "none", **field})
+    assert InTIClipVisionConfig(**{**TINY, "patch_size": 32}, compression="none").tower.num_patches == 1
