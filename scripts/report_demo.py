@@ -1,10 +1,11 @@
-"""Print what the demo showed, draw its training curves, and exit with 1 if it did not show it.
+"""Print the demo's accuracies and draw its training curves; exit with status 1 if they are not as expected.
 
     python scripts/report_demo.py
 
-Reads demo/naive and demo/inti, where scripts/train.py and scripts/evaluate.py wrote.
+Reads what scripts/train.py and scripts/evaluate.py wrote to demo/naive and demo/inti.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,13 +13,14 @@ from pathlib import Path
 from hf_inti.visualization import training_curves
 
 
-# The eight classes are pairs that only the order of frames tells apart, and each test clip is there backwards too,
-# under its pair's other name: who ignores order gives both the same name and is right about half of them at most.
-MOST_WITHOUT_ORDER = 0.5
-LEAST_WITH_ORDER = 0.9
+# The eight classes form pairs that differ only in frame order, and the test set also holds each clip reversed, under the
+# other class of its pair. A model that ignores order predicts the same class for both: it is right at most half the time.
+MAX_WITHOUT_ORDER = 0.5
+MIN_WITH_ORDER = 0.9
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     demo = Path("demo")
     results = {}
     for name in ("naive", "inti"):
@@ -28,13 +30,11 @@ def main() -> int:
     naive, inti = (results[name]["top1"] for name in ("naive", "inti"))
     print(f"Training curves:  {curves}")
     print(f"Confusion matrix: {demo / 'inti' / 'last' / 'evaluation' / 'confusion_matrix.png'}")
-    print(f"Naive, the mean over frames:  {naive:6.1%} of {results['naive']['num_videos']} test clips")
-    print(f"InTI, frames merged in order: {inti:6.1%} (classes differ in the order of frames alone)")
-    print(f"What InTI merged, as the paper's Figure 4: {demo / 'figure4.png'}")
-    if naive > MOST_WITHOUT_ORDER or inti < LEAST_WITH_ORDER:
-        print(
-            f"This should be at most {MOST_WITHOUT_ORDER:.0%} for Naive and at least {LEAST_WITH_ORDER:.0%} for InTI."
-        )
+    print(f"Naive, mean over frames:      {naive:6.1%} of {results['naive']['num_videos']} test clips")
+    print(f"InTI, frames merged in order: {inti:6.1%} (classes differ only in frame order)")
+    print(f"What InTI merged (InTI, Fig. 4): {demo / 'figure4.png'}")
+    if naive > MAX_WITHOUT_ORDER or inti < MIN_WITH_ORDER:
+        print(f"Expected at most {MAX_WITHOUT_ORDER:.0%} for Naive and at least {MIN_WITH_ORDER:.0%} for InTI.")
         return 1
     return 0
 
