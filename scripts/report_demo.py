@@ -13,8 +13,8 @@ from pathlib import Path
 from hf_inti.visualization import training_curves
 
 
-# The eight classes form pairs that differ only in frame order, and the test set also holds each clip reversed, under the
-# other class of its pair. A model that ignores order predicts the same class for both: it is right at most half the time.
+# The eight classes form pairs that differ only in frame order, and the test set also holds each clip reversed, under
+# the other class of its pair. A model that ignores order predicts one class for both, and is right for one at most.
 MAX_WITHOUT_ORDER = 0.5
 MIN_WITH_ORDER = 0.9
 
