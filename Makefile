@@ -1,14 +1,14 @@
-# make demo   train InTI and Naive on a small video dataset, evaluate, predict, draw
-# make test   run the tests
-# make benchmark  measure speed and memory and hold them against the targets: an hour on 2 cores
-# make mutants  change the model line by line and see whether the tests notice: an hour on 2 cores, goes on where it stopped
-# make check  lint and the fast tests, before a commit
-# make clean  remove what these made
+# make demo       render a small video dataset, train InTI and Naive on it, evaluate, predict, draw
+# make test       run all tests
+# make check      lint and the fast tests, before a commit
+# make benchmark  measure speed and memory, check the targets: an hour on 2 cores
+# make mutants    change hf_inti/model/ line by line, expect a test to fail: hours, resumable
+# make clean      remove what these made
 #
-# Everything is installed into .venv by pip, from constraints.txt. Variables:
-#   PYTHON       the interpreter that .venv is made with (3.11 or newer)
-#   TORCH_INDEX  an index to take torch from, such as https://download.pytorch.org/whl/cpu for machines without a GPU
-#   SEED         another seed gives the demo other videos and other weights
+# Each installs into .venv with pip first, with the versions in constraints.txt. Variables:
+#   PYTHON       the interpreter for .venv, 3.11 or newer
+#   TORCH_INDEX  where pip gets torch; https://download.pytorch.org/whl/cpu avoids CUDA on machines without a GPU
+#   SEED         of the demo's videos and weights
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -37,7 +37,7 @@ demo: .venv/installed
 	$(RUN) scripts/evaluate.py demo/inti/last --data_dir demo/data
 	$(RUN) scripts/predict.py demo/inti/last demo/data/test/*/000.mp4 --top_k 2
 	$(RUN) scripts/visualize.py demo/inti/last demo/data/test/slides_right/000.mp4 --output demo/figure4.png
-	$(RUN) scripts/report_demo.py
+	$(RUN) scripts/report_demo.py --seed $(SEED)
 
 test: .venv/installed
 	$(RUN) -m pytest -n auto --dist loadfile
@@ -61,6 +61,7 @@ benchmark: .venv/installed
 	$(BENCHMARK) growth scripts/benchmarks/growth.yaml $(OUT)/growth
 
 mutants: .venv/installed
+	$(PIP) -e ".[test,mutants]"
 	$(RUN) tests/mutation/run.py
 
 lint: .venv/installed

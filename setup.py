@@ -35,6 +35,7 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "export": EXPORT,
+        "mutants": ["cosmic-ray>=8.7", "pytest-cov>=7"],
         "test": [
             *TRAIN,
             *DEMO,

@@ -177,7 +177,7 @@ def test_messages_name_the_file_and_no_folder(demo, model, clip, damage):
 def test_what_cannot_answer_is_refused_at_the_start(demo, tmp_path):
     with pytest.raises(ValueError, match="no trained InTI-CLIP video classifier: classifier.bias is missing"):
         demo["load_classifier"](str(save_model(tmp_path / "tower", cls=InTIClipVisionModel)))
-    with pytest.raises(ValueError, match="24 x 24 pixels, this model was made for 32 x 32"):
+    with pytest.raises(ValueError, match="must be 32 x 32 pixels, got 24 x 24"):
         demo["load_classifier"](str(save_model(tmp_path / "other", side=24)))
     with pytest.raises(ValueError, match="holds no videos"):
         demo["find_examples"](str(tmp_path))

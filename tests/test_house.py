@@ -1,6 +1,7 @@
 """The rooms: what is uploaded, which way imports point, and that a wheel holds all that it needs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_arrows_between_rooms_point_one_way():
             below = other.split(".")[1] if other.count(".") > 1 else None
             if room is not None and below is not None:
                 assert ROOMS.index(below) <= ROOMS.index(room), f"{name} imports {other}"
+
+
+def test_the_drawing_is_true():
+    """CONTRIBUTING.md draws the imports between rooms, less those that follow from others."""
+    edges = set()
+    for name, others in graph().items():
+        rooms = {other.split(".")[1] for other in others if other.count(".") > 1}
+        if name.count(".") > 1:
+            edges |= {(name.split(".")[1], room) for room in rooms - {name.split(".")[1]}}
+    below = {room: {b for a, b in edges if a == room} for room in ROOMS}
+    for room in ROOMS:  # from the bottom up, so that those below are complete
+        below[room] |= {far for near in below[room] for far in below[near]}
+    direct = {(a, b) for a, b in edges if not any(b in below[c] for c in below[a])}
+    drawn = set(re.findall(r"(\w+) --> (\w+)", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert drawn == direct
 
 
 def test_every_room_is_in_the_list():

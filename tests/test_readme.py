@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import json
 import re
 import runpy
 import sys
@@ -17,6 +18,7 @@ from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTI
 from hf_inti.measure.costs import count_costs
 from hf_inti.model.adaptation import ADAPTATIONS
 from hf_inti.model.compression import COMPRESSIONS
+from hf_inti.papers.published import TABLES, TOWERS
 
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +173,12 @@ def test_flags_in_text_exist():
             assert set(re.findall(r"(?<!\S)--[\w-]+", code)) <= known, f"{page}: `{code}`"
 
 
+def test_targets_of_make_exist():
+    known = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+    for page, text in PAGES.items():
+        assert set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE)) <= known, page
+
+
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_links_and_paths_lead_somewhere(page):
     folder = ROOT if (ROOT / page).exists() else ROOT / "docs"
@@ -220,16 +228,52 @@ def test_idea_is_what_its_script_draws():
 
 
 def test_table_of_costs():
-    rows = re.findall(r"\| (CLIP|InTI)[- ](?:ViT-)?([BL]).*?\| ([\d, ]*)\| \d+ \| ([\d.]+) \| ([\d.]*) ?\|", README)
-    assert len(rows) == 8
-    large = {"patch_size": 14, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-    for _, size, layers, *figures in rows:
-        tower = {"patch_size": 16} if size == "B" else {**large, "num_attention_heads": 16}
-        for cube, figure in zip(("local_mhra", "dwconv"), figures, strict=True):
+    """The paper's figures are those of its Table 1, and ours are counted."""
+    published = {(row.tower[0], row.gflops): row for row in TABLES[0].rows if "temp" not in row.model}
+    form = r"\| (?:CLIP ViT|InTI)-([BL]).*\| ([\d, ]*)\| (\d+) \| ([\d.]+) \| ([\d.]*) ?\| ([\d.]+) \|"
+    rows = re.findall(form, README)
+    assert len(rows) == len(published) == 8
+    for size, layers, gflops, ours, dwconv, top1 in rows:
+        row = published.pop((size, int(gflops)))
+        assert row.top1 == (float(top1),) and (row.model == "Naive") == (not layers.strip())
+        options = {"compression": "none"}
+        for cube, figure in (("local_mhra", ours), ("dwconv", dwconv)):
+            if layers.strip():
+                positions = [int(i) for i in layers.split(",")]
+                options = {"compression_layers": positions, "compression_options": {"cube": cube}}
             if figure:
-                options = {"compression": "none"}
-                if layers.strip():
-                    layers_ = [int(i) for i in layers.split(",")]
-                    options = {"compression_layers": layers_, "compression_options": {"cube": cube}}
-                counted = count_costs(InTIClipVisionConfig(**tower, **options, num_labels=400))["total"].gmacs
-                assert f"{counted:.1f}" == figure, (size, layers, cube)
+                config = InTIClipVisionConfig(**TOWERS[row.tower], **options, num_labels=400)
+                assert f"{count_costs(config)['total'].gmacs:.1f}" == figure, (size, layers, cube)
+
+
+def ratio(folder: str, field: str, contestant: str = "inti") -> float:
+    rows = json.loads((ROOT / "results" / "benchmarks" / folder / "benchmark.json").read_text())["rows"]
+    return rows[contestant][field] / rows["naive"][field]
+
+
+RATIOS = re.findall(r"^\| ([\w ,-]+) \| ([\d.]+) \| ([\d.]+) \| `(\w+)/` \|$", PAGES["benchmarks.md"], re.MULTILINE)
+
+
+def test_ratios_are_found():
+    assert len(RATIOS) == 10
+
+
+@pytest.mark.parametrize("what, inti, dwconv, folder", RATIOS, ids=[f"{row[3]}: {row[0]}" for row in RATIOS])
+def test_ratios_are_those_of_their_results(what, inti, dwconv, folder):
+    fields = {"multiply-adds": "gmacs", "activation memory of that step": "activation_memory_bytes"}
+    field = fields.get(what, "seconds")
+    assert [f"{ratio(folder, field, name):.3f}" for name in ("inti", "inti_dwconv")] == [inti, dwconv]
+
+
+def test_speed_in_the_readme_is_measured():
+    words = " ".join(README.split())
+    (found,) = re.findall(
+        r"takes ([\d.]+) of Naive's time \((\d+) against (\d+) ms.*? for ([\d.]+) .*? in ([\d.]+)\.", words
+    )
+    rows = json.loads((ROOT / "results" / "benchmarks" / "limit" / "benchmark.json").read_text())["rows"]
+    assert found == (
+        f"{ratio('limit', 'seconds'):.2f}",
+        *(f"{1e3 * rows[name]['seconds']:.0f}" for name in ("inti", "naive")),
+        f"{ratio('limit', 'gmacs'):.2f}",
+        f"{ratio('training_b16', 'seconds'):.2f}",
+    )

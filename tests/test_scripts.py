@@ -679,7 +679,7 @@ def test_wrong_settings_read_well(train, run, tmp_path, data, tower):
         (train(out, "--max_steps", "0"), "max_steps must be at least 1, got 0"),
         (train(out, "--report_to", "clearml"), "report_to must be one of the installed trackers (all"),
         (train(out, "--model", str(tmp_path / "no" / "such" / "tower")), "There is no such folder"),
-        (train(out, "--model", str(data)), "holds no config.json; give the folder or name of a CLIP checkpoint"),
+        (train(out, "--model", str(data)), "must be the folder or name of a CLIP checkpoint"),
         (train(out, "--learning_rate", "1e30", "--epochs", "3"), "the loss must be finite, got nan at step"),
         (run("predict", tmp_path / "no" / "such" / "model", data), "There is no such folder"),
     ]:
