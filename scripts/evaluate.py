@@ -31,7 +31,10 @@ from hf_inti.visualization import confusion_matrix
 class EvaluationArguments:
     model: str = field(metadata={"help": "A trained model: a folder (such as best/ or last/) or a name on the Hub."})
     data_dir: str = field(metadata={"help": "Labelled videos: class folders, list file, tar shards or Hub dataset."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where to write; default: beside the model."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where to write; default: evaluation/, or evaluation_COMPRESSION/, in the model's folder."},
+    )
     layout: str = field(default="auto", metadata={"help": f"Layout: auto, or one of {', '.join(LAYOUTS)}."})
     split: str = field(default="test", metadata={"help": "Which split, where the dataset has splits."})
     video_root: str | None = field(default=None, metadata={"help": "Where a list's videos lie; default: beside it."})
@@ -73,8 +76,10 @@ def main() -> None:
 
 def report(args, model_fingerprint, processor, names, dataset, metrics, result, bad) -> None:
     """Write and print what `evaluate_loader` found."""
-    default = Path(args.model) / "evaluation" if Path(args.model).is_dir() else Path("evaluation")
-    output_dir = Path(args.output_dir or default)
+    parent = Path(args.model) if Path(args.model).is_dir() else Path()
+    # Not where the results of the model as it was trained are.
+    name = "evaluation" if args.compression is None else f"evaluation_{args.compression}"
+    output_dir = Path(args.output_dir or parent / name)
     output_dir.mkdir(parents=True, exist_ok=True)
     views = result["logits"].shape[1]
     _, scores = video_scores(result["logits"].flatten(0, 1), result["index"].repeat_interleave(views))

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,22 @@ def test_videomae(folder, pixel_values):
         load_classifier(folder / "videomae", CompressionOverride("sta", compression_options={"R": 6}))
 
 
+@pytest.mark.parametrize(
+    "settings, size, crop",
+    [({"size": 40, "crop_size": 32}, 40, 32), ({"size": {"shortest_edge": 36}}, 36, 32), ({"size": None}, 32, 32)],
+)
+def test_videomae_is_preprocessed_as_its_file_says(settings, size, crop, folder, tmp_path):
+    """Sizes may be whole numbers, as in the files of the first checkpoints."""
+    shutil.copytree(folder / "videomae", tmp_path / "copy")
+    (tmp_path / "copy" / "preprocessor_config.json").write_text(json.dumps({**settings, "do_normalize": False}))
+    _, processor = load_classifier(tmp_path / "copy")
+    assert processor.size["shortest_edge"] == size and dict(processor.crop_size) == {"height": crop, "width": crop}
+    assert not processor.do_normalize and processor.do_rescale and processor.resample == 2
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+    (tmp_path / "copy" / "preprocessor_config.json").unlink()
+    assert load_classifier(tmp_path / "copy")[1].crop_size["height"] == 32
+
+
 def test_other_checkpoints_are_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vivit"}))
     with pytest.raises(ValueError, match="got model_type 'vivit'"):
@@ -150,6 +167,16 @@ def test_the_script_under_sta(name, folder, tmp_path, monkeypatch):
     assert results["arguments"]["EvaluationArguments"]["compression_options"] == {"r": 6}
 
 
+def test_results_of_another_compression_do_not_replace_those_of_the_model(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "none", tmp_path / "model")
+    for more in ([], ["--compression", "linear_pooling"], ["--compression", "none"]):
+        evaluate(monkeypatch, tmp_path / "model", "--data_dir", folder / "videos", *more)
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("model/*/results.json")}
+    assert sorted(found) == ["evaluation", "evaluation_linear_pooling", "evaluation_none"]
+    assert found["evaluation"]["fingerprint"] == found["evaluation_none"]["fingerprint"]
+    assert found["evaluation"]["fingerprint"] != found["evaluation_linear_pooling"]["fingerprint"]
+
+
 def test_sampling_may_be_given(folder, tmp_path, monkeypatch):
     dense = ["--sampling", "dense", "--frame_stride", "1", "--num_frames", "4"]
     evaluate(monkeypatch, folder / "none", "--data_dir", folder / "videos", "--output_dir", tmp_path, *dense)
@@ -157,10 +184,14 @@ def test_sampling_may_be_given(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "compare", "push_to_hub"])
-def test_scripts_find_the_evaluate_library(name):
-    done = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("*.py")))
+def test_scripts_start(name):
+    """As processes of their own: scripts/ is then first on the path, where evaluate.py hides the evaluate library."""
+    if name == "demo_app.py":
+        pytest.importorskip("gradio")
+    done = subprocess.run([sys.executable, SCRIPTS / name, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {name} ")
 
 
 @pytest.mark.slow

@@ -335,7 +335,7 @@ def test_frames_of_several_sizes(tmp_path):
 
 @pytest.mark.parametrize("wrong", [-1, 60, 1.0, "1", None])
 def test_indices_are_checked(clip, wrong):
-    with VideoReader(clip) as reader, pytest.raises(ValueError, match="60 frames|whole number"):
+    with VideoReader(clip) as reader, pytest.raises(ValueError, match="must be (from 0 to 59|an integer).*, got "):
         reader.read([0, wrong])
 
 

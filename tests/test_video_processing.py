@@ -226,7 +226,7 @@ def test_kinds_of_arrays():
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        ([], "got an empty one"),
+        ([], r"must not be empty, got \[\]"),
         (np.zeros((0, 9, 9, 3), np.uint8), "at least one frame"),
         (np.zeros((9, 9, 3), np.uint8), r"got shape \(9, 9, 3\)"),
         (np.zeros((2, 9, 9, 5), np.uint8), r"got \(9, 9, 5\)"),
@@ -243,7 +243,7 @@ def test_kinds_of_arrays():
         (np.full((2, 9, 9, 3), 7.0), r"\[0, 1\], got \[7, 7\]"),
         (np.full((2, 9, 9, 3), np.nan), r"\[0, 1\], got \[nan, nan\]"),
         ([np.zeros((9, 9, 3), np.uint8), "a.mp4"], "mixture"),
-        ([np.zeros((9, 9, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "agree in shape"),
+        ([np.zeros((9, 9, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "frames must have one shape"),
         (Image.new("RGB", (9, 9)), "got Image"),
         ([["a.png", "b.png"]], "got str"),
         (5, "got int"),
@@ -258,7 +258,7 @@ def test_refuses_what_is_no_video(video, message):
 def test_videos_that_do_not_stack():
     batch = [noisy_frames(2, 20, 30), noisy_frames(3, 20, 30)]
     assert InTIClipVideoProcessor()(batch).pixel_values.shape == (2, 16, 3, 224, 224)
-    with pytest.raises(ValueError, match="videos must agree in shape"):
+    with pytest.raises(ValueError, match="videos must have one shape"):
         InTIClipVideoProcessor()(batch, do_sample_frames=False)
 
 
@@ -435,18 +435,18 @@ BAD_OPTIONS = [
     ({"sampling": "unifrom"}, "uniform, dense, got 'unifrom'"),
     ({"sampling": "dense"}, "frame_stride must be"),
     ({"num_crops": 2}, "1 or 3, got 2"),
-    ({"num_crops": 3, "do_center_crop": False}, "needs do_center_crop"),
-    ({"num_clips": 2, "do_sample_frames": False}, "needs num_clips = 1"),
+    ({"num_crops": 3, "do_center_crop": False}, "do_center_crop must be True with num_crops = 3, got False"),
+    ({"num_clips": 2, "do_sample_frames": False}, "num_clips must be 1 with do_sample_frames = False, got 2"),
     ({"resample": 1}, "bicubic"),
     ({"size": {"longest_edge": 9}}, "shortest_edge or height and width"),
     ({"size": {"shortest_edge": 0}}, "shortest_edge must be"),
-    ({"crop_size": {"shortest_edge": 9}}, "crop_size must hold height and width"),
+    ({"crop_size": {"shortest_edge": 9}}, "crop_size must have height and width"),
     ({"image_mean": [0.1, 0.2]}, "image_mean"),
     ({"image_std": [0.1, 0.0, 0.1]}, "not 0"),
     ({"do_resize": "yes"}, "do_resize"),
-    ({"samplng": "dense"}, "unknown option 'samplng'; the options are num_frames, sampling"),
-    ({"fps": 2}, "unknown option 'fps'"),
-    ({"do_convert_rgb": False}, "always True"),
+    ({"samplng": "dense"}, "has no option 'samplng'; its options are num_frames, sampling"),
+    ({"fps": 2}, "has no option 'fps'"),
+    ({"do_convert_rgb": False}, "do_convert_rgb must be True, got False"),
 ]
 
 

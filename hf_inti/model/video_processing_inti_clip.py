@@ -1,14 +1,15 @@
-"""From videos to pixel values: choose frames, resize, crop, rescale, normalise.
+"""Videos to pixel values: sample frames, resize, crop, rescale, normalise.
 
-The spatial part is CLIP's own preprocessing (`transformers.CLIPImageProcessor`), done on uint8 frames with
-torch alone. torchvision is not needed; PyAV is needed only for decoding files.
+The spatial part is CLIP's preprocessing (`transformers.CLIPImageProcessor`) on uint8 frames, in torch. It does not need
+torchvision, and needs PyAV only to decode files.
 
-Letters: B videos, V views (clips x crops), T frames, H and W pixels.
+B videos, V views (clips x crops), T frames, H and W pixels.
 """
 
 import io
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
@@ -19,13 +20,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, SizeDict
 from transformers.processing_utils import VideosKwargs
 from transformers.utils import is_numpy_array
 from transformers.video_processing_utils import BaseVideoProcessor
-from transformers.video_utils import httpx  # the HTTP client that this version of transformers uses
+from transformers.video_utils import httpx  # transformers' HTTP client, whichever module it is
 
 from .video_decoding import VideoDecodingError, VideoReader
 
 
 SAMPLINGS = ("uniform", "dense")
-INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which processor files hold
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as in processor files
 OPTIONS = (
     "num_frames", "sampling", "frame_stride", "num_clips", "num_crops", "do_sample_frames",
     "do_resize", "size", "resample", "do_center_crop", "crop_size",
@@ -54,23 +55,23 @@ def sample_indices(
     num_clips: int = 1,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """The indices of the `num_frames` frames, of `total`, that make up one clip: in range, never decreasing.
+    """The indices of one clip's `num_frames` frames out of `total`, in non-decreasing order.
 
-    "uniform" cuts the video into `num_frames` equal segments and takes one frame from each: at a uniformly
-    random point of the segment if there is a `generator` (training), otherwise at the fraction
-    (clip + 1) / (num_clips + 1) of it, so that a single clip takes the middles. Short videos repeat frames.
+    "uniform" (TSN) divides the video into `num_frames` equal segments and takes one frame of each: at a random point
+    with a `generator` (training), else at the fraction (clip + 1) / (num_clips + 1) of the segment, so that a single
+    clip takes the middles. Short videos repeat frames.
 
-    "dense" takes every `frame_stride`-th frame of a window of num_frames * frame_stride frames: it starts
-    anywhere if there is a `generator`, otherwise the clips are spread evenly from the start of the video to
-    its end, a single clip in the centre. In videos shorter than the window the last frame stands in for those
-    missing: time never jumps back, as it would if the video were wrapped around.
+    "dense" takes every `frame_stride`-th frame of a window of num_frames * frame_stride frames. With a `generator` the
+    window starts at random, else the clips' windows are spread evenly from the start of the video to its end, a single
+    one in the centre. If the video is shorter than the window, its last frame is repeated; the video is not looped, so
+    that time never jumps back.
 
     Raises:
-        ValueError: for counts that are not positive integers, a clip outside num_clips, an unknown sampling.
+        ValueError: for counts that are not positive integers, a clip outside num_clips, or an unknown sampling.
     """
     _check_positive(total=total, num_frames=num_frames, num_clips=num_clips)
     if not 0 <= clip < num_clips:
-        raise ValueError(f"clip must be at least 0 and less than num_clips = {num_clips}, got {clip}")
+        raise ValueError(f"clip must be at least 0 and less than num_clips = {num_clips}, got {clip}.")
     if sampling == "uniform":
         if generator is None:  # exact integer arithmetic
             parts = num_clips + 1
@@ -86,14 +87,14 @@ def sample_indices(
         else:
             start = last_start // 2 if num_clips == 1 else clip * last_start // (num_clips - 1)
         return [min(start + i * frame_stride, total - 1) for i in range(num_frames)]
-    raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}.")
 
 
 def resize(frame: torch.Tensor, size: SizeDict, resample: int) -> torch.Tensor:
-    """Resizes a uint8 frame (3, H, W) to `size`, which holds shortest_edge or height and width, in pixels.
+    """Resizes a uint8 frame (3, H, W) to `size`, which has shortest_edge or height and width, in pixels.
 
-    As CLIP does, the long side is rounded down. Antialiased interpolation agrees with PIL's on uint8, but not
-    on floats, which overshoot at edges where uint8 saturates.
+    The long side is rounded down, as in CLIP. Antialiased interpolation equals PIL's on uint8, but not on floats, which
+    overshoot at edges where uint8 saturates.
     """
     height, width = frame.shape[-2:]
     if size.shortest_edge is None:
@@ -108,14 +109,14 @@ def resize(frame: torch.Tensor, size: SizeDict, resample: int) -> torch.Tensor:
 
 
 def crop(frame: torch.Tensor, height: int, width: int, place: int = 1) -> torch.Tensor:
-    """Cuts (..., height, width) out of (..., H, W), padding with zeros where the frame is smaller.
+    """Crops (..., H, W) to (..., height, width), zero-padded where the frame is smaller.
 
-    `place` is where along the longer side of the frame: 0 at its start (left or top), 1 in the centre, 2 at
-    its end. The rounding is that of `transformers.image_transforms.center_crop`.
+    `place` is the position along the frame's longer side: 0 for its start (left or top), 1 for the centre, 2 for its
+    end. Rounds like `transformers.image_transforms.center_crop`.
     """
     full_height, full_width = frame.shape[-2:]
     pad_height, pad_width = max(height - full_height, 0), max(width - full_width, 0)
-    if pad_height or pad_width:  # the extra pixel of an odd padding goes to the top and the left
+    if pad_height or pad_width:  # an odd padding has its extra pixel at the top or left
         frame = F.pad(frame, (-(-pad_width // 2), pad_width // 2, -(-pad_height // 2), pad_height // 2))
     room_height, room_width = frame.shape[-2] - height, frame.shape[-1] - width
     top, left = room_height // 2, room_width // 2
@@ -134,23 +135,23 @@ class InTIClipVideoKwargs(VideosKwargs, total=False):
 
 
 class InTIClipVideoProcessor(BaseVideoProcessor):
-    """Makes `pixel_values` from videos.
+    """Turns videos into `pixel_values`.
 
-    Every option is an attribute, is saved to `video_preprocessor_config.json`, and can be overridden by each
-    call. None means "not given".
+    Every option is an attribute, is saved to `video_preprocessor_config.json`, and can be overridden in each call. None
+    means "not given".
 
     Args:
-        num_frames, sampling ("uniform" or "dense"), frame_stride (frames, for "dense" only), num_clips: see
+        num_frames, sampling ("uniform" or "dense"), frame_stride (frames, "dense" only), num_clips: see
             `sample_indices`.
-        do_sample_frames: if False, all frames of a video are used as they are.
-        do_resize, size, resample: the side(s) to resize to, in pixels, and PIL's number of the method (3 is
-            bicubic, 2 bilinear); see `resize`.
+        do_sample_frames: False uses all frames of a video.
+        do_resize, size, resample: the side(s) in pixels and PIL's number of the interpolation (2 bilinear, 3 bicubic);
+            see `resize`.
         do_center_crop, crop_size: height and width in pixels; see `crop`.
-        num_crops: 1 (the centre) or 3 (both ends of the longer side too).
-        do_rescale, rescale_factor, do_normalize, image_mean, image_std: see `rescale_and_normalize`; CLIP's by default.
+        num_crops: 1 (centre) or 3 (also both ends of the longer side).
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std: see `rescale_and_normalize`; default: CLIP's.
 
     Raises:
-        ValueError: for an option that does not exist, or a value that is not among the valid ones.
+        ValueError: for an unknown option or an invalid value.
     """
 
     valid_kwargs = InTIClipVideoKwargs
@@ -178,16 +179,15 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
         super().__init__(**options)
         self._options({})  # checks the values
 
-    def preprocess(self, videos, return_tensors: str | None = "pt", **overrides) -> BatchFeature:
-        """The pixel values of one video or a batch of videos; calling the processor does the same.
+    def preprocess(self, videos: Any, return_tensors: str | None = "pt", **overrides) -> BatchFeature:
+        """The pixel values of one video or a batch; the same as calling the processor.
 
         Args:
-            videos: one video, or a list of videos, or a batch as an array or tensor with 5 axes. A video is a
-                path, an http(s) URL, the bytes of a file, a binary file object, a dict {"path", "bytes"} as
-                `datasets` gives (the bytes are preferred), a list of frames (PIL images, or arrays or tensors
-                with 2 or 3 axes), or an array or tensor (T, H, W, C) or (T, C, H, W) with C = 3, 1 (grey) or
-                4 (alpha is dropped). Arrays are uint8, or floats in [0, 1], which are first rounded to uint8,
-                so that every kind of input is resized alike.
+            videos: one video, a list of videos, or a batch as an array or tensor with 5 axes. A video is a path, an
+                http(s) URL, the bytes of a file, a binary file object, a dict {"path", "bytes"} as in `datasets` (the
+                bytes are preferred), a list of frames (PIL images, or arrays or tensors with 2 or 3 axes), or an array
+                or tensor (T, H, W, C) or (T, C, H, W) with C = 3, 1 (grey) or 4 (alpha is dropped). Arrays are uint8,
+                or floats in [0, 1], which are rounded to uint8 first so that all kinds of input are resized alike.
             return_tensors: "pt" or "np".
             overrides: any of the processor's options, for this call only.
 
@@ -196,25 +196,25 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
             (B, V, T, 3, H, W), where view = clip * num_crops + crop.
 
         Raises:
-            VideoDecodingError: naming the file or URL that cannot be read.
-            ValueError: for a bad option, input shape or dtype, or videos that do not stack.
+            VideoDecodingError: a file or URL cannot be read; the message names it.
+            ValueError: for a bad option, input shape or dtype, or videos of different shapes.
         """
         options = self._options(overrides)
         batch = [self._views(video, f"video {i}", options) for i, video in enumerate(_make_batch(videos))]
         frames = _stack(batch, "videos") if len(batch) > 1 else batch[0][None]
-        pixel_values = _finish(frames, options)  # (B, V, T, 3, H, W)
+        pixel_values = _rescale_and_normalize(frames, options)  # (B, V, T, 3, H, W)
         if options.num_clips * options.num_crops == 1:
             pixel_values = pixel_values[:, 0]
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def load_frames(
-        self, video, num_frames: int | None = None, generator: torch.Generator | None = None, **overrides
+        self, video: Any, num_frames: int | None = None, generator: torch.Generator | None = None, **overrides
     ) -> torch.Tensor:
         """One clip of one video, resized but neither cropped nor normalised: uint8 (T, 3, h, w).
 
-        Training augmentation comes next, then `rescale_and_normalize`. With a `generator` the frames are sampled at
-        random, without one as for a single test clip; with do_sample_frames=False all frames are returned. The other
-        arguments and the errors are those of `preprocess`.
+        Training augmentation comes next, then `rescale_and_normalize`. Frames are sampled at random with a `generator`,
+        else as for a single test clip; do_sample_frames=False returns all frames. Other arguments and errors: see
+        `preprocess`.
         """
         options = self._options({**overrides, "num_frames": num_frames, "num_clips": 1})
 
@@ -227,13 +227,13 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
         return _stack(_read_frames(video, "the video", choose, transform), "frames")
 
     def rescale_and_normalize(self, frames: torch.Tensor, **overrides) -> torch.Tensor:
-        """Rescales and normalises (..., 3, H, W), uint8 or float, grey levels 0 to 255, into float32."""
+        """Rescales and normalises (..., 3, H, W), uint8 or float with values from 0 to 255; returns float32."""
         if frames.ndim < 3 or frames.shape[-3] != 3:
-            raise ValueError(f"frames must have shape (..., 3, H, W), got {tuple(frames.shape)}")
-        return _finish(frames, self._options(overrides))
+            raise ValueError(f"frames must have shape (..., 3, H, W), got {tuple(frames.shape)}.")
+        return _rescale_and_normalize(frames, self._options(overrides))
 
     def _views(self, video, name, options):
-        """All views of one video, uint8 (V, T, 3, H, W). Frames that they share are resized once."""
+        """All views of one video, uint8 (V, T, 3, H, W). Frames that views share are resized once."""
         height, width = options.crop_size.height, options.crop_size.width
         places = (0, 1, 2) if options.num_crops == 3 else (1,)
 
@@ -241,8 +241,8 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
             return [i for clip in range(options.num_clips) for i in _choose(total, options, clip=clip)]
 
         def transform(frame):
-            # What torch does with its threads would disturb decoding, which goes on beside this: crops are cut out
-            # as views, and copied together when all is decoded. They may hold on to a resized frame, not to a full one.
+            # Crops are views, copied by `_stack` once all frames are decoded: copying here would start torch's threads,
+            # which compete with the decoder's. A view may keep a resized frame in memory, but not a full-size one.
             resized = _resize(frame, options)
             if not options.do_center_crop:
                 return [resized]
@@ -255,7 +255,7 @@ class InTIClipVideoProcessor(BaseVideoProcessor):
         return views.transpose(1, 2).flatten(0, 1)
 
     def _options(self, overrides):
-        """The attributes, or the overrides that are not None; all checked."""
+        """The overrides that are not None, else the attributes; all checked."""
         _check_names(overrides)
         options = {}
         for name in OPTIONS:
@@ -276,42 +276,43 @@ def _check_names(options):
         if name in OPTIONS or name in BOOKKEEPING or name.startswith("_") or value is None:
             continue
         if name not in FIXED:
-            raise ValueError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
+            raise ValueError(f"InTIClipVideoProcessor has no option {name!r}; its options are {', '.join(OPTIONS)}.")
         if value != FIXED[name]:
-            raise ValueError(f"{name} is always {FIXED[name]!r} here, got {value!r}; leave it out")
+            raise ValueError(f"{name} must be {FIXED[name]!r}, got {value!r}; leave it out.")
 
 
 def _check_positive(**counts):
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 def _check_values(options):
     _check_positive(num_frames=options.num_frames, num_clips=options.num_clips)
     if options.sampling not in SAMPLINGS:
-        raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {options.sampling!r}")
+        raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {options.sampling!r}.")
     if options.sampling == "dense":
         _check_positive(frame_stride=options.frame_stride)
     if options.num_crops not in (1, 3):
-        raise ValueError(f"num_crops must be 1 or 3, got {options.num_crops!r}")
+        raise ValueError(f"num_crops must be 1 or 3, got {options.num_crops!r}.")
     if options.num_crops == 3 and not options.do_center_crop:
-        raise ValueError("num_crops = 3 needs do_center_crop = True, got False")
+        raise ValueError("do_center_crop must be True with num_crops = 3, got False; set num_crops = 1.")
     if options.num_clips > 1 and not options.do_sample_frames:
-        raise ValueError(f"do_sample_frames = False needs num_clips = 1, got {options.num_clips}")
+        raise ValueError(f"num_clips must be 1 with do_sample_frames = False, got {options.num_clips}.")
     if options.resample not in INTERPOLATIONS:
-        raise ValueError(f"resample must be one of {INTERPOLATIONS}, got {options.resample!r}")
+        names = ", ".join(f"{number} ({name})" for number, name in INTERPOLATIONS.items())
+        raise ValueError(f"resample must be one of {names}, got {options.resample!r}.")
     size, crop_size = dict(options.size), dict(options.crop_size)
     if set(size) not in ({"shortest_edge"}, {"height", "width"}):
-        raise ValueError(f"size must hold either shortest_edge or height and width, got {size}")
+        raise ValueError(f"size must have either shortest_edge or height and width, got {size}.")
     if set(crop_size) != {"height", "width"}:
-        raise ValueError(f"crop_size must hold height and width, got {crop_size}")
+        raise ValueError(f"crop_size must have height and width, got {crop_size}.")
     for name, value in (*size.items(), *crop_size.items()):
         _check_positive(**{name: value})
     mean, std = torch.tensor(options.image_mean), torch.tensor(options.image_std)
     if mean.numel() not in (1, 3) or std.numel() not in (1, 3) or 0 in std:
         got = f"{options.image_mean} and {options.image_std}"
-        raise ValueError(f"image_mean and image_std must hold 1 or 3 numbers, the latter not 0, got {got}")
+        raise ValueError(f"image_mean and image_std must be 1 or 3 numbers, and image_std not 0, got {got}.")
 
 
 def _choose(total, options, clip=0, generator=None):
@@ -332,8 +333,8 @@ def _resize(frame, options):
     return resize(frame, options.size, options.resample) if options.do_resize else frame
 
 
-def _finish(frames, options):
-    """In one copy of the frames: every further one would cost as much as the arithmetic."""
+def _rescale_and_normalize(frames, options):
+    """Copies the frames only once: another copy would cost as much as the arithmetic."""
     frames = frames.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     scale = options.rescale_factor if options.do_rescale else 1.0
     if not options.do_normalize:
@@ -346,7 +347,7 @@ def _finish(frames, options):
 def _stack(tensors, what):
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
-        raise ValueError(f"{what} must agree in shape to be stacked, got {shapes}; crop and sample alike")
+        raise ValueError(f"{what} must have one shape to be stacked, got {shapes}; crop and sample them alike.")
     return torch.stack(tensors)
 
 
@@ -360,17 +361,17 @@ def _make_batch(videos):
     if not isinstance(videos, (list, tuple)):
         return [videos]
     if len(videos) == 0:
-        raise ValueError("a list must hold the frames of one video or videos, got an empty one")
+        raise ValueError("a list of videos or frames must not be empty, got [].")
     frames = [is_pil_image(item) or (_is_array(item) and item.ndim < 4) for item in videos]
     if all(frames):
         return [videos]
     if any(frames):
-        raise ValueError("a list must hold either the frames of one video or videos, got a mixture")
+        raise ValueError("a list must be either the frames of one video or videos, got a mixture.")
     return videos
 
 
 def _read_frames(video, name, choose, transform):
-    """The frames `choose(total)` of one video, each passed once, as uint8 (3, H, W), through `transform`."""
+    """The frames `choose(total)` of one video, after `transform`, which gets each as uint8 (3, H, W) once."""
     if isinstance(video, dict):
         name = video.get("path") or name
         video = video.get("path") if video.get("bytes") is None else video["bytes"]
@@ -378,7 +379,7 @@ def _read_frames(video, name, choose, transform):
         name, video = video, _download(video)
     if isinstance(video, (bytes, bytearray, memoryview)):
         video = io.BytesIO(video)
-        video.name = name  # errors of the decoder name their source by it
+        video.name = name  # for the decoder's error messages
     if isinstance(video, (str, os.PathLike)) or hasattr(video, "read"):
         with VideoReader(video) as reader:
             return reader.read(choose(reader.num_frames), lambda frame: transform(frame.permute(2, 0, 1)))
@@ -389,10 +390,10 @@ def _read_frames(video, name, choose, transform):
         axis = None
     else:
         got = f"shape {tuple(video.shape)}" if _is_array(video) else type(video).__name__
-        wanted = "a path, URL, bytes, file object, list of frames, (T, H, W, C) or (T, C, H, W)"
-        raise ValueError(f"{name} must be {wanted}, got {got}")
+        kinds = "a path, URL, bytes, file object, list of frames, (T, H, W, C) or (T, C, H, W)"
+        raise ValueError(f"{name} must be {kinds}, got {got}.")
     if len(video) == 0:
-        raise ValueError(f"{name} must have at least one frame, got none")
+        raise ValueError(f"{name} must have at least one frame, got none.")
     indices = choose(len(video))
     frames = {i: transform(_to_rgb(video[i], axis)) for i in set(indices)}
     return [frames[i] for i in indices]
@@ -414,27 +415,27 @@ def _channel_axis(shape):
             return axes[0]
         if len(axes) == 2:
             break
-    raise ValueError(f"a frame must be either (H, W, C) or (C, H, W) with C = 3, 1 or 4, got {tuple(shape)}")
+    raise ValueError(f"a frame must be either (H, W, C) or (C, H, W) with C = 3, 1 or 4, got {tuple(shape)}.")
 
 
 def _to_rgb(frame, axis=None):
     """A PIL image, array or tensor as uint8 (3, H, W)."""
     if is_pil_image(frame):
-        if frame.mode[0] in "IF" or 0 in frame.size:  # I, I;16, F: Pillow would cut all levels above 255 off
+        if frame.mode[0] in "IF" or 0 in frame.size:  # I, I;16, F: Pillow would clip values above 255
             got = f"mode {frame.mode}, {frame.width} x {frame.height}"
-            raise ValueError(f"a PIL image must have 8 bits per channel and at least one pixel, got {got}")
+            raise ValueError(f"a PIL image must have 8 bits per channel and at least one pixel, got {got}.")
         data = bytearray(frame.convert("RGB").tobytes())
         return torch.frombuffer(data, dtype=torch.uint8).view(frame.height, frame.width, 3).permute(2, 0, 1)
     if not _is_array(frame) or frame.ndim not in (2, 3):
         got = f"shape {tuple(frame.shape)}" if _is_array(frame) else type(frame).__name__
-        raise ValueError(f"a frame must be a PIL image, or an array or tensor with 2 or 3 axes, got {got}")
+        raise ValueError(f"a frame must be a PIL image, or an array or tensor with 2 or 3 axes, got {got}.")
     if 0 in frame.shape:
-        raise ValueError(f"a frame must have at least one pixel, got shape {tuple(frame.shape)}")
+        raise ValueError(f"a frame must have at least one pixel, got shape {tuple(frame.shape)}.")
     if is_numpy_array(frame):
         try:
-            frame = torch.from_numpy(frame.copy())  # torch takes neither read-only arrays nor negative strides
-        except (TypeError, ValueError):  # objects, floats of 16 bytes, bytes in another order
-            raise ValueError(f"frames must be uint8, or float in [0, 1], got {frame.dtype}; convert them") from None
+            frame = torch.from_numpy(frame.copy())  # torch rejects read-only arrays and negative strides
+        except (TypeError, ValueError):  # objects, long doubles, non-native byte order
+            raise ValueError(f"frames must be uint8, or float in [0, 1], got {frame.dtype}; convert them.") from None
     if frame.ndim == 2:
         frame = frame[None]
     elif (_channel_axis(frame.shape) if axis is None else axis) == 2:
@@ -442,11 +443,11 @@ def _to_rgb(frame, axis=None):
     if frame.is_floating_point():
         low, high = (x.item() for x in frame.aminmax())
         if not (low >= 0 and high <= 1):  # also true for NaN
-            raise ValueError(f"float frames must lie in [0, 1], got [{low:g}, {high:g}]; divide by 255")
+            raise ValueError(f"float frames must lie in [0, 1], got [{low:g}, {high:g}]; divide by 255.")
         frame = (frame.float() * 255).round().to(torch.uint8)
     if frame.dtype != torch.uint8:
-        raise ValueError(f"frames must be uint8, or float in [0, 1], got {frame.dtype}; convert them")
+        raise ValueError(f"frames must be uint8, or float in [0, 1], got {frame.dtype}; convert them.")
     return frame[:3].expand(3, -1, -1)
 
 
-InTIClipVideoProcessor.register_for_auto_class()  # what is saved carries the code that loads it elsewhere
+InTIClipVideoProcessor.register_for_auto_class()  # save_pretrained also writes the code

@@ -1,15 +1,17 @@
-"""The authors' published weights under this package's names: UniFormerV2, ZeroI2V, AIM and ST-Adapter on CLIP.
+"""Converts the authors' weights of UniFormerV2, ZeroI2V, AIM and ST-Adapter on CLIP to this package's names.
 
-All four are built on OpenAI's CLIP and keep its names, behind some prefix; what they add is told by its names.
+All four extend OpenAI's CLIP and keep its parameter names, under a prefix; each method is recognised by the parameters
+it adds.
 """
 
 import re
+from collections.abc import Collection
 
 import torch
 
 
 BLOCK = r"transformer\.resblocks\.(\d+)\."
-# (released name, ours in InTIClipVisionModel), of everything whose values stay as they are
+# (released name, name in InTIClipVisionModel) of parameters whose values are unchanged
 CLIP = [
     (r"class_embedding$", "embeddings.class_embedding"),
     (r"positional_embedding$", "embeddings.position_embedding.weight"),
@@ -66,9 +68,9 @@ METHODS = {
 }
 
 
-def detect_adaptation(names) -> str:
-    """Which of `METHODS` released parameters of these names belong to; a ValueError where none is recognised."""
-    signs = {  # the first that is found; a merged ZeroI2V has nothing of its own but its temporal embedding
+def detect_adaptation(names: Collection[str]) -> str:
+    """The key of `METHODS` that these released parameter names belong to. Raises ValueError if there is none."""
+    signs = {  # the first found counts; a merged ZeroI2V only adds a temporal embedding
         "uniformerv2": "transformer.dec.",
         "st_adapter": ".adapter_pre_",
         "aim": ".T_Adapter.",
@@ -78,16 +80,16 @@ def detect_adaptation(names) -> str:
         if any(sign in name for name in names):
             return method
     raise ValueError(
-        "these are not the weights of UniFormerV2, ZeroI2V, AIM or ST-Adapter on CLIP: none of their modules is among "
-        f"{len(list(names))} parameters; a plain CLIP checkpoint is loaded with InTIClipVisionConfig.from_clip."
+        f"weights must be of UniFormerV2, ZeroI2V, AIM or ST-Adapter on CLIP, got {len(names)} parameters without any "
+        "of their modules; load a plain CLIP checkpoint with InTIClipVisionConfig.from_clip."
     )
 
 
 def strip_prefix(state_dict: dict) -> dict:
-    """Without what stands before CLIP's names (such as "backbone."); a head outside is kept as "classifier."."""
+    """Remove the prefix of CLIP's names (such as "backbone."); a head outside it is renamed to "classifier."."""
     anchors = [name for name in state_dict if name.endswith("class_embedding")]
     if len(anchors) != 1:
-        raise ValueError(f"a CLIP checkpoint has one class_embedding, this one has {len(anchors)}.")
+        raise ValueError(f"weights must have one class_embedding, as CLIP has, got {len(anchors)}.")
     prefix = anchors[0].removesuffix("class_embedding")
     head = re.compile(r"^(module\.)?cls_head\.fc_cls\.")
     stripped = {}
@@ -97,25 +99,25 @@ def strip_prefix(state_dict: dict) -> dict:
         elif name.startswith(prefix):
             stripped[name.removeprefix(prefix)] = value
         else:
-            raise ValueError(f"{name} is neither under {prefix!r}, where CLIP's parameters are, nor a known head.")
+            raise ValueError(f"parameters must be CLIP's, under {prefix!r}, or a known head's, got {name}.")
     return stripped
 
 
 def rename(name: str, method: str) -> str:
-    """Our name of a released parameter; a ValueError for an unknown one."""
+    """Our name of a released parameter. Raises ValueError for an unknown one."""
     for pattern, ours in [*METHODS[method], *CLIP]:
         if re.match(pattern, name):
             return re.sub(pattern, ours, name, count=1).replace(".D_fc1.", ".down.").replace(".D_fc2.", ".up.")
     if name.startswith("classifier."):
         return name
-    raise ValueError(f"{name} is no parameter of {method} on CLIP as it was released.")
+    raise ValueError(f"parameters must be those of {method} on CLIP as released, got {name}.")
 
 
 def convert_state_dict(state_dict: dict, method: str) -> dict:
-    """Released parameters (without a prefix) -> those of InTIClipForVideoClassification, in float32 at least.
+    """Released parameters (without a prefix) as those of InTIClipForVideoClassification, in at least float32.
 
-    What has no place in our model is left out: UniFormerV2's counters of BatchNorm stay, CLIP's unused last LayerNorm
-    and projection go. Raises ValueError for an unknown parameter.
+    CLIP's projection and logit scale, which our model does not use, are dropped. Raises ValueError for an unknown
+    parameter.
     """
     converted = {}
     first = min((int(i) for name in state_dict for i in re.findall(BLOCK + "adapter_pre_", name)), default=0)
@@ -143,85 +145,109 @@ def convert_state_dict(state_dict: dict, method: str) -> dict:
             value = value.flatten()
         elif value.dim() == 5 and value.shape[2:] == (1, 1, 1):  # a linear layer written as a convolution
             value = value.flatten(1)
-        if method == "st_adapter":  # ours count the adapters, the released ones the blocks
+        if method == "st_adapter":  # we number the adapters, they number the blocks
             ours = re.sub(r"(adaptation\.pre_\w+)\.(\d+)", lambda m: f"{m[1]}.{int(m[2]) - first}", ours)
         converted[ours] = value
     return {name if name.startswith("classifier.") else f"vision_model.{name}": v for name, v in converted.items()}
 
 
 def infer_config(state_dict: dict, method: str, num_frames: int | None = None) -> dict:
-    """Fields of InTIClipVisionConfig that released parameters (without a prefix) tell.
+    """The fields of InTIClipVisionConfig that released parameters (without a prefix) determine.
 
-    What they do not tell keeps its default: which blocks UniFormerV2 reads (the last), ZeroI2V's heads and scale, AIM's
-    scale. Heads are 64 wide, as in every CLIP. `num_frames` is needed unless a temporal embedding tells.
+    Others keep their defaults: which blocks UniFormerV2 reads (the last), ZeroI2V's heads and scale, AIM's scale. Heads
+    are 64 wide, as in every CLIP. `num_frames` is required unless there is a temporal embedding.
     """
     signs = {"uniformerv2": "transformer.dec.", "st_adapter": ".adapter_pre_"}
-    for wanted in ("conv1.weight", "positional_embedding", "transformer.resblocks.", signs.get(method, "")):
-        if not any(wanted in name for name in state_dict):
-            raise ValueError(f"these are not the weights of {method} on CLIP: there is no {wanted} among them.")
-    width, channels = state_dict["conv1.weight"].shape[:2]
-    patch = state_dict["conv1.weight"].shape[-1]
-    taps = state_dict["conv1.weight"].shape[2]  # in time, where it is a 3-d convolution
+    for part in ("conv1.weight", "positional_embedding", "transformer.resblocks.", signs.get(method, "")):
+        if not _has(state_dict, part):
+            raise _not_of(method, part)
+    patches = state_dict["conv1.weight"]  # (width, channels, [taps in time,] patch, patch)
+    width, patch = patches.shape[0], patches.shape[-1]
     places = state_dict["positional_embedding"].shape[0] - 1
-    depth = 1 + max(int(i) for name in state_dict for i in re.findall(BLOCK, name))
-    if "temporal_embedding" in state_dict:
-        told = state_dict["temporal_embedding"].shape[1]
-        if num_frames not in (None, told):
-            raise ValueError(f"these weights are of {told} frames, got num_frames {num_frames}; leave it out.")
-        num_frames = told
-    if num_frames is None:
-        raise ValueError("these weights do not tell the number of frames they were trained on; give num_frames.")
-
-    def has(part: str) -> bool:
-        return any(part in name for name in state_dict)
-
-    def shape(suffix: str):
-        for name, value in state_dict.items():
-            if name.endswith(suffix):
-                return value.shape
-        raise ValueError(f"these are not the weights of {method} on CLIP: there is no {suffix} among them.")
-
-    options: dict = {}
-    if method == "uniformerv2":
-        options["global_layers"] = 1 + max(int(i) for name in state_dict for i in re.findall(DECODER, name))
-        options["local"] = "double" if has(".lmhra2.") else "single" if has(".lmhra1.") else "none"
-        if has(".lmhra1."):
-            reduced = shape("lmhra1.pos_embed.1.bias")[0]
-            if reduced != int(width // 1.5):
-                options["reduction"] = width / (reduced + 0.5)  # which // takes down to it, whatever the rounding
-        options["temporal_downsample"] = state_dict["conv1.weight"].dim() == 5 and taps == 3
-        options["frozen"] = "transformer.balance" not in state_dict
-    elif method == "zeroi2v" and not has("S_Adapter"):
-        options["merged"] = True
-    elif method in ("zeroi2v", "aim"):
-        hidden = shape("S_Adapter.D_fc1.bias")[0]
-        options["ratio"] = 0.25 if hidden == int(0.25 * width) else (hidden + 0.5) / width
-        second = "MLP_Adapter_out." if method == "zeroi2v" else "T_Adapter_in."
-        options["num_tadapter"] = 2 if has(second) else 1
-    elif method == "st_adapter":
-        blocks = {int(i) for name in state_dict for i in re.findall(BLOCK + "adapter_pre_", name)}
-        one = "adapter_pre_mlp" if has("adapter_pre_mlp") else "adapter_pre_attn"
-        options = {
-            "width": shape(f"{one}.fc1.bias")[0],
-            "pre_attention": has("adapter_pre_attn"),
-            "pre_mlp": has("adapter_pre_mlp"),
-            "num_layers": depth - min(blocks),
-            "kernel_size": list(shape(f"{one}.conv.weight")[2:]),
-        }
+    depth = _count(state_dict, BLOCK)
     heads = [
         state_dict[name] for name in ("transformer.proj.2.bias", "fc.bias", "classifier.bias") if name in state_dict
     ]
     return {
         "hidden_size": width,
-        "intermediate_size": shape("mlp.c_fc.bias")[0],
+        "intermediate_size": _shape(state_dict, "mlp.c_fc.bias", method)[0],
         "num_hidden_layers": depth,
         "num_attention_heads": max(width // 64, 1),
         "image_size": round(places**0.5) * patch,
         "patch_size": patch,
-        "num_channels": channels,
-        "num_frames": num_frames,
+        "num_channels": patches.shape[1],
+        "num_frames": _infer_num_frames(state_dict, num_frames),
         "compression": "none",
         "adaptation": method,
-        "adaptation_options": options,
+        "adaptation_options": _infer_options(state_dict, method, width, depth),
         **({"num_labels": heads[0].shape[0]} if heads else {}),
     }
+
+
+def _infer_num_frames(state_dict: dict, num_frames: int | None) -> int:
+    if "temporal_embedding" in state_dict:
+        trained = state_dict["temporal_embedding"].shape[1]
+        if num_frames not in (None, trained):
+            raise ValueError(f"num_frames must be {trained} for these weights, got {num_frames}; leave it out.")
+        return trained
+    if num_frames is None:
+        raise ValueError("num_frames must be given for weights without a temporal embedding, got none.")
+    return num_frames
+
+
+def _infer_options(state_dict: dict, method: str, width: int, depth: int) -> dict:
+    """The adaptation's options that the shapes and names of its parameters determine."""
+    if method == "uniformerv2":
+        return _uniformerv2_options(state_dict, method, width)
+    if method == "zeroi2v" and not _has(state_dict, "S_Adapter"):
+        return {"merged": True}
+    if method in ("zeroi2v", "aim"):
+        hidden = _shape(state_dict, "S_Adapter.D_fc1.bias", method)[0]
+        second = "MLP_Adapter_out." if method == "zeroi2v" else "T_Adapter_in."
+        return {
+            "ratio": 0.25 if hidden == int(0.25 * width) else (hidden + 0.5) / width,
+            "num_tadapter": 2 if _has(state_dict, second) else 1,
+        }
+    one = "adapter_pre_mlp" if _has(state_dict, "adapter_pre_mlp") else "adapter_pre_attn"
+    first = min(int(i) for name in state_dict for i in re.findall(BLOCK + "adapter_pre_", name))
+    return {
+        "width": _shape(state_dict, f"{one}.fc1.bias", method)[0],
+        "pre_attention": _has(state_dict, "adapter_pre_attn"),
+        "pre_mlp": _has(state_dict, "adapter_pre_mlp"),
+        "num_layers": depth - first,
+        "kernel_size": list(_shape(state_dict, f"{one}.conv.weight", method)[2:]),
+    }
+
+
+def _uniformerv2_options(state_dict: dict, method: str, width: int) -> dict:
+    options: dict = {"global_layers": _count(state_dict, DECODER)}
+    options["local"] = "none"
+    if _has(state_dict, ".lmhra1."):
+        options["local"] = "double" if _has(state_dict, ".lmhra2.") else "single"
+        reduced = _shape(state_dict, "lmhra1.pos_embed.1.bias", method)[0]
+        if reduced != int(width // 1.5):
+            options["reduction"] = width / (reduced + 0.5)  # int(width // reduction) is `reduced` despite rounding
+    patches = state_dict["conv1.weight"]
+    options["temporal_downsample"] = patches.dim() == 5 and patches.shape[2] == 3
+    options["frozen"] = "transformer.balance" not in state_dict
+    return options
+
+
+def _has(state_dict: dict, part: str) -> bool:
+    return any(part in name for name in state_dict)
+
+
+def _count(state_dict: dict, pattern: str) -> int:
+    """The number of blocks whose names match, which are numbered from 0."""
+    return 1 + max(int(i) for name in state_dict for i in re.findall(pattern, name))
+
+
+def _shape(state_dict: dict, suffix: str, method: str) -> torch.Size:
+    for name, value in state_dict.items():
+        if name.endswith(suffix):
+            return value.shape
+    raise _not_of(method, suffix)
+
+
+def _not_of(method: str, part: str) -> ValueError:
+    return ValueError(f"weights must be of {method} on CLIP, got none with {part} in its name.")

@@ -4,6 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel, VideoMAEConfig, VideoMAEForVideoClassification
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 from transformers.utils.generic import safe_load_json_file
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
@@ -12,6 +13,12 @@ from ..hosts.videomae import apply_sta
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
+
+
+PREPROCESSING = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size",
+    "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
 
 
 @dataclass
@@ -96,19 +103,19 @@ def _load_videomae(checkpoint: str, override: CompressionOverride) -> VideoMAEFo
 
 
 def _videomae_processor(checkpoint: str, values: dict) -> InTIClipVideoProcessor:
-    """Ours with VideoMAE's normalisation, size and interpolation; it samples frames uniformly."""
-    settings = {}
+    """Ours with the preprocessing of the checkpoint's own processor, where it has one; it samples frames uniformly."""
+    side = values.get("image_size", VideoMAEConfig().image_size)
+    settings = {
+        "size": side,
+        "crop_size": side,
+        "resample": 2,
+        "image_mean": IMAGENET_DEFAULT_MEAN,
+        "image_std": IMAGENET_DEFAULT_STD,
+    }
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         file = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
         if file is not None:
-            settings = safe_load_json_file(file)
+            found = safe_load_json_file(file)
+            settings |= {name: found[name] for name in PREPROCESSING if found.get(name) is not None}
             break
-    side = values.get("image_size", VideoMAEConfig().image_size)
-    return InTIClipVideoProcessor(
-        num_frames=values.get("num_frames", VideoMAEConfig().num_frames),
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        resample=settings.get("resample", 2),
-        image_mean=settings.get("image_mean", [0.485, 0.456, 0.406]),
-        image_std=settings.get("image_std", [0.229, 0.224, 0.225]),
-    )
+    return InTIClipVideoProcessor(num_frames=values.get("num_frames", VideoMAEConfig().num_frames), **settings)
