@@ -7,8 +7,9 @@ import torch
 from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import pipeline
 
-from hf_inti import InTIClipForVideoClassification
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 
 
 class Operations(TorchDispatchMode):
@@ -327,3 +328,15 @@ def test_compiled(model, pixel_values):
     expected = logits(model, pixel_values)
     model.optimize_for_inference().compile(fullgraph=True)
     assert_close(logits(model, pixel_values), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_a_pipeline_loads_is_optimized(model, pixel_values, tmp_path):
+    model.save_pretrained(tmp_path)
+    InTIClipVideoProcessor(
+        num_frames=8, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(tmp_path)
+    loaded = InTIClipForVideoClassification.from_pretrained(tmp_path)
+    for one, fast in ((loaded, False), (pipeline("video-classification", model=str(tmp_path)).model, True)):
+        with Operations() as operations:
+            logits(one, pixel_values)
+        assert ("lerp" in operations.names) is fast
