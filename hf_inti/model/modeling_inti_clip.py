@@ -8,7 +8,6 @@ methods of `compression.py` and `adaptation.py` are called at the hooks of `toke
 import copy
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -280,7 +279,6 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        in_pipeline = kwargs.get("_from_pipeline") is not None
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
@@ -298,9 +296,6 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze()  # again: loaded parameters are new ones
-        if in_pipeline:  # pipelines only infer
-            with suppress(ValueError):  # quantised layers have no faster way
-                model.optimize_for_inference()
         return loaded
 
     def set_training_progress(self, progress: float) -> None:
