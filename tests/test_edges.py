@@ -6,13 +6,17 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from conftest import TINY
-from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig, InTIClipVisionModel
+from hf_inti.model.adaptation_aim import AIM
+from hf_inti.model.adaptation_st_adapter import STAdapter
+from hf_inti.model.adaptation_uniformerv2 import UniFormerV2
 from hf_inti.model.adaptation_zeroi2v import head_groups
 from hf_inti.model.compression_sta import PRIME, STA, draw_for, scramble, semantic_importance
 from hf_inti.model.compression_stts import STTS
-from hf_inti.model.compression_tome import bipartite_soft_matching, kth_bipartite_soft_matching, merge, r_schedule
+from hf_inti.model.compression_tome import ToMe, bipartite_soft_matching, kth_bipartite_soft_matching, merge, r_schedule
 from hf_inti.model.fast_paths import fused_linear, pack_parameters
-from hf_inti.model.methods import check_frames, is_count, is_number
+from hf_inti.model.methods import block_rate, check_frames, is_count, is_number
+from hf_inti.model.video_processing_inti_clip import crop
 
 
 @pytest.fixture
@@ -30,7 +34,9 @@ def test_whole_numbers_in_a_range():
     assert not any((is_number(True), is_number(float("inf")), is_number(float("nan")), is_number("1")))
 
 
-@pytest.mark.parametrize("number, multiple, near", [(0, 2, "2"), (3, 2, "2 and 4"), (7, 4, "4 and 8"), (1, 2, "2")])
+@pytest.mark.parametrize(
+    "number, multiple, near", [(0, 2, "2"), (3, 2, "2 and 4"), (7, 4, "4 and 8"), (1, 2, "2"), (0, 1, "1")]
+)
 def test_nearest_numbers_of_frames(number, multiple, near):
     with pytest.raises(ValueError, match=f"work: {near}\\."):
         check_frames(number, multiple)
@@ -255,3 +261,56 @@ def test_a_configuration_takes_the_smallest_values():
         with pytest.raises(ValueError):
             InTIClipVisionConfig(**{**TINY, "compression": "none", **field})
     assert InTIClipVisionConfig(**{**TINY, "patch_size": 32}, compression="none").tower.num_patches == 1
+
+
+def test_adapter_defaults(tower):
+    aim = AIM(tower)
+    assert aim.scale == 0.5 and aim.temporal_in is None and aim.spatial[0].down.out_features == tower.hidden_size // 4
+    st_adapter = STAdapter(tower._replace(hidden_size=36))
+    assert st_adapter.pre_mlp[0].down.out_features == 18 and len(st_adapter.pre_mlp) == tower.num_hidden_layers
+
+
+def test_uniformerv2_reads_a_share_of_the_blocks_and_at_least_one(tower):
+    for depth, number in ((12, 8), (4, 3), (2, 1), (1, 1)):
+        of_depth = UniFormerV2(tower._replace(num_hidden_layers=depth), preset="ssv2")
+        assert len(of_depth.layers) == number
+    for wrong in ("4", {"4": 1}, []):
+        with pytest.raises(ValueError, match="global_layers"):
+            UniFormerV2.check_options(tower, global_layers=wrong)
+
+
+def test_tome_schedules(tower):
+    assert ToMe(tower._replace(num_patches=196), []).r == [10] * tower.num_hidden_layers
+    assert ToMe(tower, [], r=[2, 0]).r[:2] == [2, 0]  # of blocks, and no inflection
+    assert ToMe(tower, [], r=[2, -1]).r[-1] == 0
+
+
+def test_drop_path_reaches_its_rate_in_the_last_block(tower):
+    for depth in (2, 3, 12):
+        of_depth = tower._replace(num_hidden_layers=depth, drop_path_rate=0.5)
+        assert [block_rate(of_depth, i) for i in (1, depth)] == [0, 0.5]
+
+
+def test_methods_see_the_frames_that_reach_the_blocks(tiny_config):
+    options = {"adaptation": "uniformerv2", "adaptation_options": {"temporal_downsample": True}}
+    assert tiny_config(num_frames=8, **options).tower.num_frames == 4
+
+
+@pytest.mark.parametrize("height, width", [(7, 13), (13, 7), (10, 10)])
+def test_the_middle_crop_is_in_the_middle_both_ways(height, width):
+    frame = torch.arange(height * width).view(1, height, width)
+    top, left = (height - 4) // 2, (width - 4) // 2
+    assert torch.equal(crop(frame, 4, 4), frame[:, top : top + 4, left : left + 4])
+
+
+def test_one_frame_is_normalised_as_many():
+    processor = InTIClipVideoProcessor()
+    frames = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
+    assert torch.equal(processor.rescale_and_normalize(frames[0]), processor.rescale_and_normalize(frames)[0])
+
+
+def test_three_clips_of_three_crops_are_nine_views():
+    clip = torch.randint(0, 256, (6, 3, 8, 12), dtype=torch.uint8)
+    sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    processor = InTIClipVideoProcessor(num_frames=2, num_clips=3, num_crops=3, **sizes)
+    assert processor(clip).pixel_values.shape == (1, 9, 2, 3, 8, 8)

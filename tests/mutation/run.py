@@ -13,6 +13,7 @@ import difflib
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ TESTS = (
 ).split()
 SLOW = 4.0  # seconds; slower tests are left out
 TIMEOUT = 90.0  # seconds for all tests of a mutant
+MEMORY = 8 * 2**30  # bytes a mutant may take
 BROKEN = 70  # exit status of a process in which this script failed, and not a test
 
 
@@ -178,6 +180,7 @@ def start(item, covering: dict, diff_file: str) -> int:
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         try:
             status = try_mutant(mutation, tests, covering["seconds"], diff_file) if tests else 0
         except BaseException:
