@@ -210,10 +210,10 @@ def run_mutants(covering: dict, workers: int) -> None:
             code = os.waitstatus_to_exitcode(status)
             outcome = TestOutcome.SURVIVED if code == 0 else TestOutcome.KILLED
             diff = Path(diff_file).read_text() if os.path.exists(diff_file) else ""
-            if code == BROKEN:
-                raise SystemExit(f"error: a mutant could not be run:\n{diff}")
+            # Cosmic Ray cannot write all mutants that it plans: none of `except module.Error`.
+            worker_outcome = WorkerOutcome.EXCEPTION if code == BROKEN else WorkerOutcome.NORMAL
             note = "timeout" if code == -signal.SIGKILL else f"exit status {code}"
-            session.set_result(item.job_id, WorkResult(WorkerOutcome.NORMAL, note, outcome, diff))
+            session.set_result(item.job_id, WorkResult(worker_outcome, note, outcome, diff))
             bar.update()
 
 
@@ -242,6 +242,7 @@ def report() -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+    broken = sum(result.worker_outcome is WorkerOutcome.EXCEPTION for result in results.values())
     lines = ["| file | mutants | killed | survived | killed % |", "|---|---:|---:|---:|---:|"]
     for name in [*sorted({row["file"] for row in rows}), "all"]:
         of = [row for row in rows if name in (row["file"], "all")]
@@ -249,6 +250,7 @@ def report() -> None:
         lines.append(f"| {name} | {len(of)} | {killed} | {len(of) - killed} | {100 * killed / len(of):.1f} |")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     about = f"`make mutants`, commit {commit.stdout.strip()}, {datetime.now(UTC):%Y-%m-%d}."
+    lines += ["", f"Planned, but not made by Cosmic Ray: {broken}."]
     (FOLDER / "summary.md").write_text("\n".join([about, "", *lines]) + "\n")
     print("\n".join(lines))
 
