@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from hf_inti.measure.jobs import Job, read_json, run_jobs
 ROOT = Path(__file__).parents[1]
 SCRIPT = "import sys; from hf_inti.training.cli import run_script; from hf_inti.comparison.run import main; "
 SCRIPT += "run_script(lambda: main(sys.argv[1:]))"
-DONE = ("result.json", "measurement_*.json")
+DONE = ("records/*/seed_*.json", "records/*/measurement_*.json")
 RUNS = [(method, seed) for seed in (0, 1) for method in ("Naive", "InTI")]
 
 
@@ -92,12 +93,12 @@ def compared(folder):
     out = folder / "out"
     variables = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
     with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments(folder)], env={**os.environ, **variables}) as first:
-        wait_for(lambda: first.poll() is not None or list(out.glob("*/seed_0/result.json")))
+        wait_for(lambda: first.poll() is not None or list(out.glob("records/*/seed_0.json")))
         wait_for(lambda: first.poll() is not None or len(children(first)) == 2)
         left = children(first)
         first.kill()
     wait_for(lambda: not any(map(running, left)), 20)
-    assert len(left) == 2 and not (out / "InTI" / "seed_1" / "result.json").exists()
+    assert len(left) == 2 and not (out / "records" / "InTI" / "seed_1.json").exists()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
@@ -106,7 +107,7 @@ def compared(folder):
         sleep = time.sleep
 
         def stop(seconds):
-            if (out / "Naive" / "measurement_0.json").exists():
+            if (out / "records" / "Naive" / "measurement_0.json").exists():
                 signal.raise_signal(signal.SIGINT)
             sleep(seconds)
 
@@ -123,7 +124,7 @@ def compared(folder):
         assert len(begun) >= 3 and all(process.returncode is not None for process in begun)
         assert not (out / "comparison.md").exists()
 
-        times = {path: path.stat().st_mtime_ns for pattern in DONE for path in out.rglob(pattern)}
+        times = {path: path.stat().st_mtime_ns for pattern in DONE for path in out.glob(pattern)}
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             assert main(arguments(folder)) == 0
     return out, times, printed.getvalue()
@@ -169,7 +170,7 @@ class TestCompared:
             total = count_costs(config)["total"]
             assert float(row["gmacs"]) == pytest.approx(total.gmacs)
             assert float(row["parameters"]) == float(row["trained_parameters"]) == total.parameters
-            measured = [read_json(out / method / f"measurement_{i}.json") for i in range(2)]
+            measured = [read_json(out / "records" / method / f"measurement_{i}.json") for i in range(2)]
             for name in ("forward_clips_per_second", "training_clips_per_second", "peak_memory_bytes"):
                 assert float(row[name]) == mean(m[name] for m in measured) > 0
             assert float(row["forward_clips_per_second"]) > float(row["training_clips_per_second"])
@@ -192,6 +193,38 @@ class TestCompared:
         with pytest.raises(ValueError) as error:
             main(arguments(folder, *flags))
         assert str(error.value).startswith(wanted) and "another output_dir" in str(error.value)
+
+    def test_records_stand_for_the_runs(self, compared, folder, tmp_path, monkeypatch):
+        """Elsewhere, with only the records: nothing is trained, speeds are measured again, the table is the same."""
+        out = compared[0]
+        for method, seed in RUNS:
+            record = read_json(out / "records" / method / f"seed_{seed}.json")
+            assert (record["method"], record["seed"], record["num_labels"]) == (method, seed, 2)
+            assert record["evaluations"][-1]["epoch"] == 1 and record["losses"] and record["seconds"] > 0
+            assert (
+                record["commit"]
+                and record["command"].startswith("python ")
+                and str(folder) not in str(record["settings"])
+            )
+            (tmp_path / "records" / method).mkdir(parents=True, exist_ok=True)
+            shutil.copy(out / "records" / method / f"seed_{seed}.json", tmp_path / "records" / method)
+        monkeypatch.setattr(comparison, "ROUNDS", 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        flags = ("--output_dir", str(tmp_path / "runs"), "--records_dir", str(tmp_path / "records"))
+        assert main(arguments(folder, *flags)) == 0
+        assert not list(tmp_path.rglob("seed_*/log.txt")) and list(tmp_path.glob("records/*/measurement_0.json"))
+        tables = [read_json(path / "comparison.json")["rows"] for path in (out, tmp_path / "runs")]
+        for before, after in zip(*tables, strict=True):
+            assert [before[name] == after[name] for name in ("method", "top1_of_seeds", "gmacs", "parameters")] == [
+                True
+            ] * 4
+
+    def test_records_of_other_videos_are_refused(self, compared, folder, tmp_path):
+        shutil.copytree(folder / "videos", tmp_path / "videos")
+        (tmp_path / "videos" / "test" / "a" / "0.mp4").unlink()
+        flags = ("--output_dir", str(tmp_path / "runs"), "--records_dir", str(compared[0] / "records"))
+        with pytest.raises(ValueError, match="Naive: eval_dir must be '14 files, .*, got '13 files, .* records_dir"):
+            main([*arguments(folder, *flags), "--eval_dir", str(tmp_path / "videos")])
 
 
 @pytest.mark.slow
@@ -258,7 +291,7 @@ def test_jobs_end_with_the_first_that_fails(tmp_path):
     told = []
     begun = time.monotonic()
     with pytest.raises(ValueError, match="^bad failed: it is bad"):
-        run_jobs(jobs, 2, 6, "Jobs", lambda job: told.append(job.name) or job.name)
+        run_jobs(jobs, 2, 6, "Jobs", lambda job, seconds: told.append(job.name) or job.name)
     assert time.monotonic() - begun < 30 and told == ["good"]
     assert (tmp_path / "good.log").read_text() == "3\n"
     assert not any((tmp_path / name).exists() for name in ("done.log", "long.out", "never.log"))

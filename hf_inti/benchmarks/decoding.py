@@ -234,7 +234,7 @@ def memory_of_lengths(folder: Path, lengths: list[int], threads: int) -> dict[st
         output.unlink(missing_ok=True)
         arguments = ["hf_inti.benchmarks.decoding", str(output), str(path), str(warm_up)]
         jobs.append(Job(f"{seconds}s", arguments, folder / "memory_log.txt", output))
-    run_jobs(jobs, 1, threads, "Memory", lambda job: f"{job.name}: measured")
+    run_jobs(jobs, 1, threads, "Memory", lambda job, seconds: f"{job.name}: measured")
     return {job.name: read_json(job.output) for job in jobs}
 
 

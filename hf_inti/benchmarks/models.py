@@ -324,7 +324,7 @@ def memory_of_all(models: dict[str, dict], how: RunOptions, folder: Path, thread
         settings = json.dumps({"spec": spec, "how": asdict(how)})
         arguments = ["hf_inti.benchmarks.models", settings, str(output)]
         jobs.append(Job(name, arguments, folder / "memory_log.txt", output))
-    run_jobs(jobs, 1, threads, "Memory", lambda job: f"{job.name}: measured")
+    run_jobs(jobs, 1, threads, "Memory", lambda job, seconds: f"{job.name}: measured")
     found = {}
     for job in jobs:
         found[job.name] = read_json(job.output)

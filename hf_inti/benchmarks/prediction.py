@@ -76,7 +76,7 @@ def measure_prediction(model: str, videos: Path, repetitions: int, threads: int,
             output.unlink(missing_ok=True)
             arguments = ["hf_inti.benchmarks.prediction", str(output), ",".join(halves), model, str(videos)]
             jobs.append(Job(f"{name} {n + 1}", arguments, folder / "predict_log.txt", output))
-    run_jobs(jobs, 1, threads, "Predicting", lambda job: f"{job.name}: {read_json(job.output)['seconds']:.1f} s")
+    run_jobs(jobs, 1, threads, "Predicting", lambda job, _: f"{job.name}: {read_json(job.output)['seconds']:.1f} s")
     rows = {}
     for name in HALVES:
         rows[name] = summary([read_json(folder / f"{name}_{n}.json")["seconds"] for n in range(repetitions)])

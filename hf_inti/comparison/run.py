@@ -3,14 +3,18 @@
     python scripts/compare.py methods --config scripts/recipes/compare_demo.yaml --train_dir videos/train
 
 Every run is a process of scripts/train.py with the recipe, then the comparison's overrides, then flags of train.py
-given here, then the method's own settings: the later wins. Killed or stopped, the same command goes on where it was.
-In output_dir it leaves comparison.md, comparison.csv, comparison.png, and for every method the runs (seed_0/ ...,
-with log.txt) and the measurements.
+given here, then the method's own settings: the later wins. Killed or stopped, the same command continues.
+output_dir gets comparison.md, .csv, .json and .png, and for every method the runs (seed_0/ ..., with log.txt).
+records_dir gets a record of every finished run (METHOD/seed_0.json: settings, accuracy by epoch, seconds, command,
+commit, machine) and the measurements. Runs whose record exists are not repeated, so that a long comparison can be
+committed and continued elsewhere.
 """
 
+import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -19,10 +23,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ..measure.jobs import ROOT, Job, read_json, run_jobs, write_json
-from ..measure.records import conditions
+from ..measure.records import conditions, provenance
+from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
 from ..training.cli import flags_of, parse_recipe
-from ..training.run_info import first_change, settings_of
+from ..training.run_info import FREE_SETTINGS, describe_run, first_change, settings_of
 from ..training.setup import build_model
 from .report import write_report
 
@@ -39,6 +44,9 @@ class ComparisonArguments:
 
     recipe: str = field(default=None, metadata={"help": "The recipe of all runs, as train.py takes it."})
     output_dir: str = field(default=None, metadata={"help": "Folder for the runs, the table and the picture."})
+    records_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the records of finished runs; default: output_dir/records."}
+    )
     methods: dict | None = field(
         default=None, metadata={"help": "Each method's name with the settings of train.py that make it (JSON here)."}
     )
@@ -70,6 +78,7 @@ class ComparisonArguments:
         for name in ("jobs", "measure_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.records_dir = self.records_dir or f"{self.output_dir}/records"
         self.train_script = self.train_script or str(ROOT / "scripts" / "train.py")
         if not Path(self.train_script).is_file():
             raise ValueError(f"there is no {self.train_script}; give scripts/train.py of the repository.")
@@ -81,6 +90,7 @@ class Run(NamedTuple):
     method: str
     seed: int
     folder: Path
+    record: Path
     command: list[str]
     parsed: tuple[ModelArguments, DataArguments, TrainingArguments]
 
@@ -90,7 +100,8 @@ class Run(NamedTuple):
     @property
     def result(self) -> dict | None:
         """The last evaluation of a finished run."""
-        return read_json(self.folder / "result.json")
+        record = read_json(self.record)
+        return record and record["evaluations"][-1]
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -113,14 +124,15 @@ def plan_runs(args: ComparisonArguments, passed: list[str]) -> list[Run]:
     for seed in args.seeds:
         for name, settings in args.methods.items():
             folder = Path(args.output_dir) / name / f"seed_{seed}"
+            record = Path(args.records_dir) / name / f"seed_{seed}.json"
             command = [args.recipe, *flags_of(args.overrides or {}), *passed, *flags_of(settings)]
             command += [f"--seed={seed}", f"--output_dir={folder}", "--resume"]
             try:
-                run = Run(name, seed, folder, command, parse_recipe(TRAINING_CLASSES, command))
+                run = Run(name, seed, folder, record, command, parse_recipe(TRAINING_CLASSES, command))
                 if run.parsed[1].eval_dir is None:
                     raise ValueError("there is nothing to compare by: give eval_dir.")
                 check_settings(run)
-                if seed == args.seeds[0] and not (folder / "run.json").exists():
+                if seed == args.seeds[0] and not (folder / "run.json").exists() and not record.exists():
                     build_model(run.parsed[0], ["a", "b"])  # what does not fit shows here, not after hours
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
@@ -129,37 +141,75 @@ def plan_runs(args: ComparisonArguments, passed: list[str]) -> list[Run]:
 
 
 def check_settings(run: Run) -> None:
-    """Raise a ValueError where the run was begun, or has ended, under other settings than now."""
-    before = read_json(run.folder / "run.json")
-    if before is None:
-        return
+    """Raise a ValueError if the run was begun, or has ended, with other settings or other videos than now."""
+    begun, finished = read_json(run.folder / "run.json"), read_json(run.record)
     now = {str(i): asdict(part) for i, part in enumerate(run.parsed)}
-    changed = first_change(settings_of(before["arguments"]), settings_of(now))
+    if finished is not None:
+        before, now = finished["settings"], {"settings": settings_for_record(run)}
+        where = run.record
+    elif begun is not None:
+        before, where = settings_of(begun["arguments"]), run.folder
+    else:
+        return
+    changed = first_change(before, settings_of(now))
     if changed is not None:
         name, old, new = changed
         raise ValueError(
-            f"{name} must be {old!r} as seed {run.seed} was trained with, got {new!r}; give that, remove {run.folder}, "
-            "or compare in another output_dir."
+            f"{name} must be {old!r} as seed {run.seed} was trained with, got {new!r}; give that, remove {where}, or "
+            "compare in another output_dir or records_dir."
         )
 
 
+def settings_for_record(run: Run) -> dict:
+    """The settings that decide a run's result; folders, which differ between machines, by their contents."""
+    settings = settings_of({str(i): asdict(part) for i, part in enumerate(run.parsed)})
+    for name in ("model", "train_dir", "eval_dir", "video_root"):
+        if settings[name] is not None and Path(settings[name]).exists():
+            settings[name] = describe_folder(Path(settings[name]), contents=name == "model")
+    settings = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    return json.loads(json.dumps(settings))
+
+
+@cache
+def describe_folder(folder: Path, contents: bool) -> str:
+    """The number of files and a fingerprint of their names and sizes, or contents."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file()) or [folder]
+    parts = [(p.relative_to(folder).as_posix(), p.read_bytes() if contents else p.stat().st_size) for p in files]
+    return f"{len(files)} files, {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def write_record(run: Run, seconds: float) -> dict:
+    """Write what is kept of a finished run, `seconds` from its last start; returns it."""
+    lines = list(map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines()))
+    evaluations = [line for line in lines if "eval_top1" in line]
+    losses = {line["epoch"]: line["loss"] for line in lines if "loss" in line}  # the last of each epoch
+    record = {
+        "method": run.method,
+        "seed": run.seed,
+        "settings": settings_for_record(run),
+        "evaluations": evaluations,
+        "losses": losses,
+        "num_labels": InTIClipVisionConfig.from_pretrained(run.folder / "last").num_labels,
+        "seconds": seconds,
+        **provenance(),
+    }
+    run.record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run.record, record)
+    return record
+
+
 def train_all(runs: list[Run], args: ComparisonArguments) -> None:
-    """Train what is not trained, and leave a result.json in the folder of each run."""
-    by_folder = {run.folder: run for run in runs}
+    """Train every run that has no record, and write its record."""
+    by_record = {run.record: run for run in runs}
 
-    def done(job: Job) -> str:
-        run = by_folder[job.output.parent]
-        for file in run.folder.parent.glob("measurement_*.json"):
-            file.unlink()  # of an earlier model
-        lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
-        result = [line for line in lines if "eval_top1" in line][-1]
-        write_json(job.output, result)
-        return f"{run}: top-1 {result['eval_top1']:.1%}"
+    def done(job: Job, seconds: float) -> str:
+        run = by_record[job.output]
+        for file in run.record.parent.glob("measurement_*.json"):
+            if run.seed == args.seeds[0]:
+                file.unlink()  # of an earlier model
+        return f"{run}: top-1 {write_record(run, seconds)['evaluations'][-1]['eval_top1']:.1%}"
 
-    jobs = [
-        Job(str(run), [args.train_script, *run.command], run.folder / "log.txt", run.folder / "result.json")
-        for run in runs
-    ]
+    jobs = [Job(str(run), [args.train_script, *run.command], run.folder / "log.txt", run.record) for run in runs]
     run_jobs(jobs, args.jobs, torch.get_num_threads(), "Training", done)
 
 
@@ -174,22 +224,35 @@ def measure_all(runs: list[Run], args: ComparisonArguments) -> dict[str, dict]:
     jobs = []
     for i in range(ROUNDS):
         for run in first:
-            folder = run.folder.parent
             batch_size = args.measure_batch_size or run.parsed[2].batch_size
-            output = folder / f"measurement_{i}.json"
+            output = run.record.with_name(f"measurement_{i}.json")
             found = read_json(output)
             if found and found["conditions"] != conditions(batch_size, threads):
                 output.unlink()  # of another machine, say: speeds are compared under the same conditions
-            command = ["hf_inti.comparison.measure", str(run.folder / "last"), str(batch_size), str(output)]
-            jobs.append(Job(f"{run.method}, round {i + 1}", command, folder / "measurement_log.txt", output))
-    run_jobs(jobs, 1, threads, "Measuring", lambda job: f"{job.name}: measured")
+            folder = model_folder(run) if not output.exists() else run.folder
+            command = ["hf_inti.comparison.measure", str(folder), str(batch_size), str(output)]
+            log = run.folder.parent / "measurement_log.txt"
+            jobs.append(Job(f"{run.method}, round {i + 1}", command, log, output))
+    run_jobs(jobs, 1, threads, "Measuring", lambda job, seconds: f"{job.name}: measured")
     measurements = {}
     for run in first:
-        rounds = [read_json(run.folder.parent / f"measurement_{i}.json") for i in range(ROUNDS)]
+        rounds = [read_json(run.record.with_name(f"measurement_{i}.json")) for i in range(ROUNDS)]
         numbers = {name: [found[name] for found in rounds] for name in rounds[0] if name != "conditions"}
         medians = {name: None if None in values else median(values) for name, values in numbers.items()}
         measurements[run.method] = {**medians, "conditions": rounds[0]["conditions"]}
     return measurements
+
+
+def model_folder(run: Run) -> Path:
+    """The trained model; if only its record is here, an untrained one, which costs the same."""
+    if (run.folder / "last").exists():
+        return run.folder / "last"
+    folder = run.folder / "untrained"
+    if not (folder / "run.json").exists():
+        labels = [str(i) for i in range(read_json(run.record)["num_labels"])]
+        build_model(run.parsed[0], labels).save_pretrained(folder)
+        write_json(folder / "run.json", describe_run(*run.parsed))
+    return folder
 
 
 def main(arguments: list[str]) -> int:

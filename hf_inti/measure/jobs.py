@@ -73,31 +73,35 @@ def fail(job: Job):
     raise ValueError(f"{job.name} failed: {last} (all of it in {job.log})")
 
 
-def run_jobs(jobs: list[Job], at_a_time: int, threads: int, description: str, done: Callable[[Job], str]) -> None:
+def run_jobs(
+    jobs: list[Job], at_a_time: int, threads: int, description: str, done: Callable[[Job, float], str]
+) -> None:
     """Do the jobs whose output does not exist yet, `at_a_time` at once, each with its share of `threads`.
 
-    `done(job)` is called after each and returns what to show. Raises ValueError when one fails; the others end then.
+    `done(job, seconds)` is called after each, with the time that it took, and returns what to show. Raises ValueError
+    when one fails; the others end then.
     """
     from accelerate.utils import tqdm
 
     waiting = [job for job in jobs if not job.output.exists()]
-    running: list[tuple[Job, subprocess.Popen]] = []
+    running: list[tuple[Job, subprocess.Popen, float]] = []
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=description, unit="run")
     try:
         while waiting or running:
             while waiting and len(running) < at_a_time:
                 job = waiting.pop(0)
-                running.append((job, start(job, max(1, threads // at_a_time))))
+                running.append((job, start(job, max(1, threads // at_a_time)), time.monotonic()))
             time.sleep(0.1)
-            for job, process in [pair for pair in running if pair[1].poll() is not None]:
-                running.remove((job, process))
+            for job, process, begun in [each for each in running if each[1].poll() is not None]:
+                running.remove((job, process, begun))
                 process.stdin.close()
                 if process.returncode != 0:
                     fail(job)
-                bar.write(done(job), file=sys.stderr)  # as the bar; standard output is for results
+                message = done(job, time.monotonic() - begun)
+                bar.write(message, file=sys.stderr)  # as the bar; standard output is for results
                 bar.update()
     finally:
-        for _, process in running:
+        for _, process, _ in running:
             process.kill()
             process.wait()
             process.stdin.close()
