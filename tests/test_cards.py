@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.hub.card import draw_figure, load_metadata, metadata_of_run, render_card, write_eval_results
-from hf_inti.hub.metadata import CARDS, fingerprint
+from hf_inti.hub.metadata import CARDS, check_recipe, fingerprint
 from hf_inti.measure.costs import count_costs
 from hf_inti.papers.published import TOWERS
 from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -235,6 +235,51 @@ def test_model_and_processor_that_are_not_of_the_recipe(tmp_path):
     InTIClipVideoProcessor(num_frames=8).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="num_frames of the processor in .* must be 16, as in the model, got 8"):
         render_card(metadata, tmp_path, f"me/{VITB}")
+
+
+def save_model(folder: Path, options: dict, **processor) -> InTIClipVisionConfig:
+    """Save a tiny configuration and its processor; returns the former."""
+    config = InTIClipVisionConfig(**TINY, **options)
+    config.save_pretrained(folder)
+    InTIClipVideoProcessor(num_frames=config.num_frames, **processor).save_pretrained(folder)
+    return config
+
+
+def test_recipe_that_starts_from_an_inti_clip_checkpoint(tmp_path):
+    """What the recipe leaves unset stays as in the checkpoint, not as in the classes."""
+    kept = {
+        "num_frames": 8,
+        "compression": "conv_pooling",
+        "compression_layers": [1, 2],
+        "compression_options": {"kernel_size": [3, 3, 3]},
+        "classifier_dropout": 0.5,
+    }
+    base, recipe = tmp_path / "base", tmp_path / "recipe.yaml"
+    save_model(base, kept)
+    recipe.write_text(f"model: {base}\noutput_dir: out\ndrop_path_rate: 0.1\nframe_stride: 4\n")
+
+    def check(base_model=base, **changes):
+        processor = {"sampling": "dense", "frame_stride": 4, "image_mean": [0.5, 0.5, 0.5]}
+        processor |= {name: changes.pop(name) for name in [*changes] if name in processor}
+        config = save_model(tmp_path / "model", {**kept, "drop_path_rate": 0.1, **changes}, **processor)
+        check_recipe(recipe, {"base_model": str(base_model)}, config, tmp_path / "model", None)
+
+    check()
+    check(compression_options={})  # unset in the recipe
+    with pytest.raises(ValueError, match="drop_path_rate of .* must be 0.1, as in recipe.yaml, got 0.2"):
+        check(drop_path_rate=0.2)
+    with pytest.raises(ValueError, match="frame_stride of the processor .* must be 4, as in recipe.yaml, got 2"):
+        check(frame_stride=2)
+    recipe.write_text(f"model: {base}\noutput_dir: out\ncompression_options: {{}}\n")
+    with pytest.raises(ValueError, match="compression_options of .* must be {}, as in recipe.yaml, got {'kernel_size'"):
+        check()
+
+    clip = tmp_path / "clip"
+    CLIPVisionConfig(**TINY).save_pretrained(clip)
+    for model in (clip, "me/unknown"):  # from CLIP, unset settings are the classes'
+        recipe.write_text(f"model: {model}\noutput_dir: out\n")
+        with pytest.raises(ValueError, match="num_frames of the model in .* must be 16, as in recipe.yaml, got 8"):
+            check(base_model=model)
 
 
 def test_run_that_is_not_of_the_recipe(tmp_path):

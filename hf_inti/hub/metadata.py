@@ -185,14 +185,22 @@ def check_model(metadata: dict, config: InTIClipVisionConfig, model_dir: Path) -
 
 
 def check_recipe(recipe: Path, metadata: dict, config: InTIClipVisionConfig, model_dir: Path, run: dict | None) -> None:
-    """Raise ValueError if metadata, model, processor or training run (run.json) do not match the recipe."""
+    """Raise ValueError if metadata, model, processor or training run (run.json) do not match the recipe.
+
+    Settings that the recipe leaves unset are this package's defaults if it starts from CLIP. If it starts from an
+    InTI-CLIP checkpoint, they are the checkpoint's and are not compared.
+    """
     groups = [ModelArguments, DataArguments, TrainingArguments]
     model, data, training = parse_recipe(groups, [str(recipe), "--train_dir", "videos"])
     _check_equal("model", model.model, metadata["base_model"], recipe.name, "base_model of the metadata")
-    clip = CLIPVisionConfig(**{name: getattr(config, name) for name in TOWER})
-    expected = InTIClipVisionConfig.from_clip(clip, **model.config_options())
-    for name in (*METHOD, "drop_path_rate", "classifier_dropout"):
-        _check_equal(name, getattr(config, name), getattr(expected, name), f"the model in {model_dir}", recipe.name)
+    from_inti_clip = _is_local_inti_clip(model.model)
+    settings = model.config_options()
+    if not from_inti_clip:
+        clip = CLIPVisionConfig(**{name: getattr(config, name) for name in TOWER})
+        expected = InTIClipVisionConfig.from_clip(clip, **settings)
+        settings = {name: getattr(expected, name) for name in (*METHOD, "drop_path_rate", "classifier_dropout")}
+    for name, value in settings.items():
+        _check_equal(name, getattr(config, name), value, f"the model in {model_dir}", recipe.name)
     if (Path(model_dir) / "video_preprocessor_config.json").exists():
         processor = InTIClipVideoProcessor.from_pretrained(model_dir)
         where = f"the processor in {model_dir}"
@@ -200,6 +208,8 @@ def check_recipe(recipe: Path, metadata: dict, config: InTIClipVisionConfig, mod
         for name in ("sampling", "frame_stride", "image_mean", "image_std"):
             value = getattr(data, name)
             if value is None:
+                if from_inti_clip:
+                    continue
                 value = getattr(InTIClipVideoProcessor, name)
             _check_equal(name, getattr(processor, name), value, where, recipe.name)
     if run is not None:
@@ -208,6 +218,18 @@ def check_recipe(recipe: Path, metadata: dict, config: InTIClipVisionConfig, mod
             for name, value in asdict(group).items():
                 if name not in RUN_SPECIFIC_SETTINGS:
                     _check_equal(name, settings.get(name), value, f"run.json in {model_dir}", recipe.name)
+
+
+def _is_local_inti_clip(model: str) -> bool:
+    """Whether a folder, or a name on the Hub whose files are cached, is an InTI-CLIP checkpoint.
+
+    False if it is neither: cards are written without the network.
+    """
+    try:
+        values, _ = InTIClipVisionConfig.get_config_dict(model, local_files_only=True)
+    except OSError:
+        return False
+    return values.get("model_type") == InTIClipVisionConfig.model_type
 
 
 def read_results(path: str | Path, metadata: dict, model_dir: str | Path) -> dict:
