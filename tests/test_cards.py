@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.hub.card import draw_figure, load_metadata, metadata_of_run, render_card, write_eval_results
-from hf_inti.hub.metadata import CARDS, fingerprint
+from hf_inti.hub.metadata import CARDS, check_recipe, fingerprint
 from hf_inti.measure.costs import count_costs
 from hf_inti.papers.published import TOWERS
 from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -89,7 +89,7 @@ def listed(request, tmp_path_factory) -> tuple[str, ModelCard]:
     return request.param, render_card(load_metadata(request.param), folder, f"me/{request.param}")
 
 
-def test_the_listed_checkpoints_have_facts():
+def test_the_listed_checkpoints_have_metadata():
     assert {path.stem for path in CARDS.glob("*.yaml")} == set(EXPECTED)
 
 
@@ -162,88 +162,155 @@ def test_citation_is_the_papers(listed):
 
 
 @pytest.mark.parametrize(
-    ("place", "key", "value", "message"),
+    ("part", "key", "value", "message"),
     [
-        ("method", "compression", "tome", "has compression = 'inti', the facts 'tome'"),
-        ("method", "compression_layers", [7, 9], r"has compression_layers = \[5, 7\], the facts \[7, 9\]"),
-        ("method", "compression_options", {"cube": "dwconv"}, "has compression_options = {}, the facts {'cube'"),
-        ("method", "adaptation", "aim", "has adaptation = 'none', the facts 'aim'"),
-        ("method", "num_frames", 8, "has num_frames = 16, the facts 8"),
-        ("dataset", "num_labels", 600, "has num_labels = 400, the facts 600"),
-        (None, "tower", "L/14", "has hidden_size = 768, L/14 1024"),
-        (None, "tower", "H/14", "tower 'H/14'; it must be B/16, L/14 or null"),
-        (None, "recipe", "k400_inti_temp_b16.yaml", "has adaptation = 'none', k400_inti_temp_b16.yaml 'uniformerv2'"),
-        (None, "recipe", "ssv2_inti_b16.yaml", "has drop_path_rate = 0.0, ssv2_inti_b16.yaml 0.2"),
+        ("method", "compression", "tome", "compression of .* must be 'tome'.* as in the metadata, got 'inti'"),
+        (
+            "method",
+            "compression_layers",
+            [7, 9],
+            r"compression_layers of .* must be \[7, 9\].* as in the metadata, got \[5, 7\]",
+        ),
+        (
+            "method",
+            "compression_options",
+            {"cube": "dwconv"},
+            "compression_options of .* must be {'cube'.* as in the metadata, got {}",
+        ),
+        ("method", "adaptation", "aim", "adaptation of .* must be 'aim'.* as in the metadata, got 'none'"),
+        ("method", "num_frames", 8, "num_frames of .* must be 8.* as in the metadata, got 16"),
+        ("dataset", "num_labels", 600, "num_labels of .* must be 600.* as in the metadata, got 400"),
+        (None, "tower", "L/14", "hidden_size of .* must be 1024, as in tower L/14, got 768"),
+        (None, "tower", "H/14", "tower in the metadata must be B/16, L/14 or null, got 'H/14'"),
+        (None, "recipe", "k400_inti_temp_b16.yaml", "must be 'uniformerv2', as in k400_inti_temp_b16.yaml, got 'none'"),
+        (None, "recipe", "ssv2_inti_b16.yaml", "drop_path_rate .* must be 0.2, as in ssv2_inti_b16.yaml, got 0.0"),
         (None, "recipe", "k400.yaml", "must be a recipe .*got .*k400.yaml"),
-        (None, "base_model", "openai/clip-vit-large-patch14", "model = 'openai/clip-vit-base-patch16', the facts have"),
-        ("published", "model", "InTI 7,9", "'InTI 7,9', B/16 .* or of a model with other costs"),
-        ("published", "table", "Table 9", "in 'Table 9' of the paper, on k400, which has no such row"),
-        ("published", "table", "Table 3, Something-Something v2", "which has no such row"),
-        (None, "licence", "mit", "the facts has an unknown key 'licence'; the keys are title,"),
-        ("dataset", "sise", 3, "the facts: dataset has an unknown key 'sise'"),
-        (None, "method", None, "method is null"),
-        (None, "protocol", "16x3x4", "protocol must hold frames, crops, clips, got '16x3x4'"),
+        (
+            None,
+            "base_model",
+            "openai/clip-vit-large-patch14",
+            "as in base_model of the metadata, got 'openai/clip-vit-base-patch16'",
+        ),
+        ("published", "model", "InTI 7,9", "must name a row .* with this model's costs, got 'InTI 7,9', B/16"),
+        ("published", "table", "Table 9", "got 'InTI 5,7', B/16 in 'Table 9' on k400"),
+        (
+            "published",
+            "table",
+            "Table 3, Something-Something v2",
+            "must name a row .* in 'Table 3, Something-Something v2' on k400",
+        ),
+        (None, "licence", "mit", "the keys of the metadata must be title, .*, got 'licence'"),
+        ("dataset", "sise", 3, "the keys of dataset in the metadata must be name, .*, got 'sise'"),
+        (None, "method", None, "method in the metadata must hold num_frames, .* got null"),
+        (None, "protocol", "16x3x4", "protocol in the metadata must hold frames, crops, clips, got '16x3x4'"),
     ],
 )
-def test_facts_that_are_not_of_the_model(place, key, value, message, tmp_path):
-    facts = load_metadata(VITB)
-    (facts[place] if place else facts)[key] = value
+def test_metadata_that_is_not_of_the_model(part, key, value, message, tmp_path):
+    metadata = load_metadata(VITB)
+    (metadata[part] if part else metadata)[key] = value
     with pytest.raises(ValueError, match=message):
-        render_card(facts, save_parts(VITB, tmp_path), f"me/{VITB}")
+        render_card(metadata, save_parts(VITB, tmp_path), f"me/{VITB}")
 
 
-@pytest.mark.parametrize("place", [None, "dataset", "method", "published", "protocol"])
-def test_every_key_must_be_there(place, tmp_path):
+@pytest.mark.parametrize("part", [None, "dataset", "method", "published", "protocol"])
+def test_every_key_must_be_there(part, tmp_path):
     folder = save_parts(VITB, tmp_path)
-    for key in load_metadata(VITB)[place] if place else load_metadata(VITB):
-        facts = load_metadata(VITB)
-        del (facts[place] if place else facts)[key]
-        with pytest.raises(ValueError, match=f"lacks '{key}'"):
-            render_card(facts, folder, f"me/{VITB}")
+    for key in load_metadata(VITB)[part] if part else load_metadata(VITB):
+        metadata = load_metadata(VITB)
+        del (metadata[part] if part else metadata)[key]
+        with pytest.raises(ValueError, match=f"must have the key '{key}', got none"):
+            render_card(metadata, folder, f"me/{VITB}")
 
 
 def test_model_and_processor_that_are_not_of_the_recipe(tmp_path):
-    facts = load_metadata(VITB)
-    with pytest.raises(ValueError, match="has classifier_dropout = 0.5, k400_inti_b16.yaml 0.0"):
-        render_card(facts, save_parts(VITB, tmp_path, classifier_dropout=0.5), f"me/{VITB}")
-    with pytest.raises(ValueError, match="has hidden_size = 384, B/16 768"):
-        render_card(facts, save_parts(VITB, tmp_path, hidden_size=384), f"me/{VITB}")
+    metadata = load_metadata(VITB)
+    with pytest.raises(ValueError, match="classifier_dropout of .* must be 0.0, as in k400_inti_b16.yaml, got 0.5"):
+        render_card(metadata, save_parts(VITB, tmp_path, classifier_dropout=0.5), f"me/{VITB}")
+    with pytest.raises(ValueError, match="hidden_size of .* must be 768, as in tower B/16, got 384"):
+        render_card(metadata, save_parts(VITB, tmp_path, hidden_size=384), f"me/{VITB}")
     save_parts(VITB, tmp_path)
     InTIClipVideoProcessor().save_pretrained(tmp_path)  # with CLIP's mean, not the recipe's
-    with pytest.raises(ValueError, match="the processor in .* has image_mean = "):
-        render_card(facts, tmp_path, f"me/{VITB}")
+    with pytest.raises(ValueError, match="image_mean of the processor in .* must be "):
+        render_card(metadata, tmp_path, f"me/{VITB}")
     InTIClipVideoProcessor(num_frames=8).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the processor in .* has num_frames = 8, the model 16"):
-        render_card(facts, tmp_path, f"me/{VITB}")
+    with pytest.raises(ValueError, match="num_frames of the processor in .* must be 16, as in the model, got 8"):
+        render_card(metadata, tmp_path, f"me/{VITB}")
+
+
+def save_model(folder: Path, options: dict, **processor) -> InTIClipVisionConfig:
+    """Save a tiny configuration and its processor; returns the former."""
+    config = InTIClipVisionConfig(**TINY, **options)
+    config.save_pretrained(folder)
+    InTIClipVideoProcessor(num_frames=config.num_frames, **processor).save_pretrained(folder)
+    return config
+
+
+def test_recipe_that_starts_from_an_inti_clip_checkpoint(tmp_path):
+    """What the recipe leaves unset stays as in the checkpoint, not as in the classes."""
+    kept = {
+        "num_frames": 8,
+        "compression": "conv_pooling",
+        "compression_layers": [1, 2],
+        "compression_options": {"kernel_size": [3, 3, 3]},
+        "classifier_dropout": 0.5,
+    }
+    base, recipe = tmp_path / "base", tmp_path / "recipe.yaml"
+    save_model(base, kept)
+    recipe.write_text(f"model: {base}\noutput_dir: out\ndrop_path_rate: 0.1\nframe_stride: 4\n")
+
+    def check(base_model=base, **changes):
+        processor = {"sampling": "dense", "frame_stride": 4, "image_mean": [0.5, 0.5, 0.5]}
+        processor |= {name: changes.pop(name) for name in [*changes] if name in processor}
+        config = save_model(tmp_path / "model", {**kept, "drop_path_rate": 0.1, **changes}, **processor)
+        check_recipe(recipe, {"base_model": str(base_model)}, config, tmp_path / "model", None)
+
+    check()
+    check(compression_options={})  # unset in the recipe
+    with pytest.raises(ValueError, match="drop_path_rate of .* must be 0.1, as in recipe.yaml, got 0.2"):
+        check(drop_path_rate=0.2)
+    with pytest.raises(ValueError, match="frame_stride of the processor .* must be 4, as in recipe.yaml, got 2"):
+        check(frame_stride=2)
+    recipe.write_text(f"model: {base}\noutput_dir: out\ncompression_options: {{}}\n")
+    with pytest.raises(ValueError, match="compression_options of .* must be {}, as in recipe.yaml, got {'kernel_size'"):
+        check()
+
+    clip = tmp_path / "clip"
+    CLIPVisionConfig(**TINY).save_pretrained(clip)
+    for model in (clip, "me/unknown"):  # from CLIP, unset settings are the classes'
+        recipe.write_text(f"model: {model}\noutput_dir: out\n")
+        with pytest.raises(ValueError, match="num_frames of the model in .* must be 16, as in recipe.yaml, got 8"):
+            check(base_model=model)
 
 
 def test_run_that_is_not_of_the_recipe(tmp_path):
-    facts = load_metadata(VITB)
+    metadata = load_metadata(VITB)
     save_parts(VITB, tmp_path)
     write_run(VITB, tmp_path, seed=3, batch_size=16, train_dir="/data/ann/k400", output_dir="/home/ann/out")
-    card = render_card(facts, tmp_path, f"me/{VITB}")
+    card = render_card(metadata, tmp_path, f"me/{VITB}")
     assert "**Not yet evaluated.**" in card.text and "Not yet trained" not in card.text and len(claims(str(card))) == 1
     assert "python scripts/train.py k400.yaml --train_dir=k400 --video_root clips" in card.text
     assert "ann" not in re.findall(r"\w+", card.text) and "8 processes" in card.text
     for name, value in (("max_steps", 2), ("learning_rate", 1e-4), ("flip", False), ("compression", "none")):
         write_run(VITB, tmp_path, **{name: value})
-        with pytest.raises(ValueError, match=f"run.json in .* has {name} = {value}|{name} = '{value}'"):
-            render_card(facts, tmp_path, f"me/{VITB}")
+        with pytest.raises(ValueError, match=f"{name} of run.json in .*, got '?{value}'?;"):
+            render_card(metadata, tmp_path, f"me/{VITB}")
 
 
 def test_wrong_use(tmp_path):
-    with pytest.raises(ValueError, match="there is no .*/nothing.yaml; facts are there of inti-clip-vitb-k400, "):
+    with pytest.raises(
+        ValueError, match="nothing.yaml must be a file, got none; the names in model_cards/ are inti-clip-vitb-k400, "
+    ):
         load_metadata("nothing")
-    with pytest.raises(ValueError, match="bad.yaml must hold names with values, got list"):
+    with pytest.raises(ValueError, match="bad.yaml must be a mapping, got a list"):
         (tmp_path / "bad.yaml").write_text("- a")
         load_metadata(tmp_path / "bad.yaml")
-    with pytest.raises(ValueError, match="bad.yaml is no valid YAML"):
+    with pytest.raises(ValueError, match="bad.yaml must be valid YAML, got: "):
         (tmp_path / "bad.yaml").write_text("a: [")
         load_metadata(tmp_path / "bad.yaml")
-    with pytest.raises(ValueError, match="holds no InTI-CLIP"):
+    with pytest.raises(ValueError, match="must hold an InTI-CLIP model"):
         render_card(load_metadata(VITB), tmp_path, f"me/{VITB}")
     CLIPVisionConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds no InTI-CLIP"):
+    with pytest.raises(ValueError, match="must hold an InTI-CLIP model"):
         render_card(load_metadata(VITB), tmp_path, f"me/{VITB}")
     save_parts(VITB, tmp_path)
     card = render_card(metadata_of_run(tmp_path), tmp_path, "me/mine")  # without a run.json
@@ -299,11 +366,11 @@ def results(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_facts_of_a_run_hold_no_path(trained):
-    facts = metadata_of_run(trained)
-    assert facts["dataset"]["name"] == "clips" and facts["dataset"]["num_labels"] == 3
-    assert facts["base_model"] is None and facts["method"]["compression_layers"] == [1, 3]
-    card = render_card(facts, trained, "me/left-or-right")
+def test_metadata_of_a_run_hold_no_path(trained):
+    metadata = metadata_of_run(trained)
+    assert metadata["dataset"]["name"] == "clips" and metadata["dataset"]["num_labels"] == 3
+    assert metadata["base_model"] is None and metadata["method"]["compression_layers"] == [1, 3]
+    card = render_card(metadata, trained, "me/left-or-right")
     assert "# left-or-right\n" in card.text and "**Not yet evaluated.**" in card.text and not claims(str(card))
     assert "python scripts/train.py --model tower --num_frames 4" in card.text and "--train_dir clips" in card.text
     assert re.search(r"\| this model \| 0\.0\d+ \| 0\.\d+ \|", card.text)  # not rounded to nothing
@@ -314,14 +381,14 @@ def test_facts_of_a_run_hold_no_path(trained):
 
 
 @pytest.mark.slow
-def test_facts_of_a_run_from_the_hub(trained, tmp_path):
+def test_metadata_of_a_run_from_the_hub(trained, tmp_path):
     run = json.loads((trained / "run.json").read_text())
     run["base_model"] = "openai/clip-vit-base-patch16"
     run["arguments"]["DataArguments"] |= {"layout": "hub", "train_dir": "me/clips"}
     (tmp_path / "run.json").write_text(json.dumps(run))
     (tmp_path / "config.json").write_text((trained / "config.json").read_text())
-    facts = metadata_of_run(tmp_path)
-    card = render_card(facts, tmp_path, "me/left-or-right")
+    metadata = metadata_of_run(tmp_path)
+    card = render_card(metadata, tmp_path, "me/left-or-right")
     assert card.data.base_model == "openai/clip-vit-base-patch16" and card.data.base_model_relation == "finetune"
     assert card.data.datasets == ["me/clips"] and "Copyright (c) 2021 OpenAI" in card.text
 
@@ -347,11 +414,11 @@ def test_results_of_the_model_are_told_in_all_forms(trained, results, tmp_path):
 
     model = InTIClipForVideoClassification.from_pretrained(trained)
     model.save_pretrained(tmp_path / "copy")
-    facts = metadata_of_run(trained)
-    assert write_eval_results(tmp_path / "copy", facts, path) is None
+    metadata = metadata_of_run(trained)
+    assert write_eval_results(tmp_path / "copy", metadata, path) is None
     assert not (tmp_path / "copy" / ".eval_results").exists()
-    facts["dataset"]["id"] = "me/Clips"
-    written = write_eval_results(tmp_path / "copy", facts, path)
+    metadata["dataset"]["id"] = "me/Clips"
+    written = write_eval_results(tmp_path / "copy", metadata, path)
     assert written == tmp_path / "copy" / ".eval_results" / "clips.yaml"
     (entry,) = parse_eval_result_entries(yaml.safe_load(written.read_text()))
     assert (entry.dataset_id, entry.value) == ("me/Clips", values["top1"])
@@ -360,12 +427,12 @@ def test_results_of_the_model_are_told_in_all_forms(trained, results, tmp_path):
 
 @pytest.mark.slow
 def test_results_of_something_else(trained, results, tmp_path):
-    facts = metadata_of_run(trained)
+    metadata = metadata_of_run(trained)
 
-    def refused(path, message, facts=facts, folder=trained):
+    def refused(path, message, metadata=metadata, folder=trained):
         for use in (
-            lambda: render_card(facts, folder, "me/mine", results=path),
-            lambda: write_eval_results(folder, facts, path),
+            lambda: render_card(metadata, folder, "me/mine", results=path),
+            lambda: write_eval_results(folder, metadata, path),
         ):
             with pytest.raises(ValueError, match=message):
                 use()
@@ -374,24 +441,30 @@ def test_results_of_something_else(trained, results, tmp_path):
     with torch.no_grad():
         model.classifier.bias[0] += 1e-6
     model.save_pretrained(tmp_path / "other")
-    refused(results(), "results.json is not of the model in", folder=tmp_path / "other")
-    refused(results(protocol={"frames": 4, "crops": 3, "clips": 4}), "'clips': 4", {**facts, "protocol": {
+    refused(results(), "results.json must be of the model in", folder=tmp_path / "other")
+    refused(results(protocol={"frames": 4, "crops": 3, "clips": 4}), "'clips': 4", {**metadata, "protocol": {
         "frames": 4, "crops": 3, "clips": 1}})  # fmt: skip
-    refused(results(), "has protocol = ", {**facts, "protocol": {"frames": 4, "crops": 3, "clips": 4}})
-    refused(results(top1=0.999), "the figures in .* contradict each other")
-    refused(results(top5=1.5), "contradict each other")
-    refused(results(num_videos=7), "contradict each other")
-    refused(results(mean_class_accuracy=0.999), "contradict each other")
-    refused(results(per_class={"down": results.original["mean_class_accuracy"]}), "contradict each other")
+    refused(
+        results(),
+        "protocol of .*results.json must be ",
+        {**metadata, "protocol": {"frames": 4, "crops": 3, "clips": 4}},
+    )
+    refused(results(top1=0.999), "the figures in .* must be consistent")
+    refused(results(top5=1.5), "must be consistent")
+    refused(results(num_videos=7), "must be consistent")
+    refused(results(mean_class_accuracy=0.999), "must be consistent")
+    refused(results(per_class={"down": results.original["mean_class_accuracy"]}), "must be consistent")
     for name in ("fingerprint", "confusion_matrix"):
         path = results()
         values = json.loads(path.read_text())
         del values[name]
         path.write_text(json.dumps(values))
-        refused(path, f"holds no {name}; give a file that scripts/evaluate.py of today wrote")
-    refused(trained / "nothing.json", "nothing.json cannot be read")
-    refused(trained / "model.safetensors", "model.safetensors cannot be read")
-    refused(trained / "config.json", "holds no .*; give a file that scripts/evaluate.py of today wrote")
+        refused(
+            path, f"must have the keys {name}, got none of them; give a file that the current scripts/evaluate.py wrote"
+        )
+    refused(trained / "nothing.json", "nothing.json must be readable JSON, got: ")
+    refused(trained / "model.safetensors", "model.safetensors must be readable JSON, got: ")
+    refused(trained / "config.json", "must have the keys .*; give a file that the current scripts/evaluate.py wrote")
 
 
 @pytest.mark.slow
@@ -409,7 +482,7 @@ def test_speed_comes_from_a_benchmark_of_this_model(trained, tmp_path):
     assert "12.3 clips per second (median, batches of 4, cpu: Tortoise 3000, 2 CPU threads, torch 2.13.0" in card.text
     assert "not measured" not in card.text
     path.write_text(json.dumps({**measured, "parameters": measured["parameters"] - 1}))
-    with pytest.raises(ValueError, match="benchmark.json has parameters = "):
+    with pytest.raises(ValueError, match="parameters of .*benchmark.json must be "):
         render_card(metadata_of_run(trained), trained, "me/mine", benchmark=path)
 
 
@@ -464,9 +537,9 @@ def test_figure(compression, tiny_config, tmp_path):
     if drawn:
         with Image.open(tmp_path / "figure.png") as picture:
             assert picture.width > 1000 and len(set(picture.convert("L").resize((50, 20)).tobytes())) > 30
-    facts = dict.fromkeys(load_metadata(VITB)) | {
+    metadata = dict.fromkeys(load_metadata(VITB)) | {
         "license": "unknown",
         "dataset": {"name": "clips", "id": None, "split": "test", "num_labels": 5, "terms": None, "limits": []},
         "method": {name: getattr(config, name) for name in load_metadata(VITB)["method"]},
     }
-    assert ("(figure.png)" in render_card(facts, tmp_path, "me/mine").text) == drawn
+    assert ("(figure.png)" in render_card(metadata, tmp_path, "me/mine").text) == drawn

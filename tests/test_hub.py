@@ -205,7 +205,7 @@ def test_private(hub, folder, monkeypatch):
 def test_private_is_refused_where_it_would_be_public(hub, folder):
     push_folder(folder, REPO)
     (folder / "code.py").write_text("secret = 42\n")
-    with pytest.raises(ValueError, match="exists and is public"):
+    with pytest.raises(ValueError, match="got a public repository"):
         push_folder(folder, REPO, private=True)
     assert hub.commits(REPO) == 1
 
@@ -318,7 +318,7 @@ def test_server_that_sends_the_token_back(hub, folder, waits, capfd):
 
 def test_token_in_a_file_is_not_pushed(hub, folder):
     (folder / "run.json").write_text(json.dumps({"note": f"token={WRITE}"}))
-    with pytest.raises(ValueError, match="run.json holds a token") as caught:
+    with pytest.raises(ValueError, match="got one in run.json") as caught:
         push_folder(folder, REPO)
     assert hub.requests == [] and WRITE not in str(caught.value)
 
@@ -383,9 +383,9 @@ def test_public_run(monkeypatch):
 )
 def test_pickles_are_refused(name, copy, hub):
     torch.save({"a": torch.ones(1)}, copy / name)
-    with pytest.raises(ValueError, match=f"{name} is a pickle"):
+    with pytest.raises(ValueError, match=f"must not be pickles, got {name}"):
         validate_folder(copy)
-    with pytest.raises(ValueError, match=f"{name} is a pickle"):
+    with pytest.raises(ValueError, match=f"must not be pickles, got {name}"):
         push_folder(copy, REPO)
     assert hub.requests == []
 
@@ -433,17 +433,25 @@ def spoil_a_weight(path):
 @pytest.mark.parametrize(
     "name, damage, says",
     [
-        ("modeling_inti_clip.py", Path.unlink, "lacks the code modeling_inti_clip.py"),
-        ("handler.py", Path.unlink, "lacks handler.py"),
-        ("video_preprocessor_config.json", lambda path: edit(path, num_frames=4), "makes 4 frames"),
-        ("config.json", lambda path: edit(path, id2label={"0": "a", "1": "a", "2": "b"}), "names 2 of 3 classes"),
-        ("README.md", lambda path: path.write_text("---\nlicense: [\n---\n"), "metadata cannot be read"),
+        ("modeling_inti_clip.py", Path.unlink, "must hold modeling_inti_clip.py, the code"),
+        ("handler.py", Path.unlink, "must hold handler.py, got none"),
+        ("video_preprocessor_config.json", lambda path: edit(path, num_frames=4), "must make 8 frames .* got 4"),
+        (
+            "config.json",
+            lambda path: edit(path, id2label={"0": "a", "1": "a", "2": "b"}),
+            "must hold 3 different names, got 2",
+        ),
+        ("README.md", lambda path: path.write_text("---\nlicense: [\n---\n"), "card's header must be readable, got"),
         ("README.md", lambda path: path.write_text(CARD.replace("video-", "image-")), "pipeline_tag"),
-        ("README.md", lambda path: path.write_text(CARD.replace("license: mit\n", "")), "no license"),
-        ("model.safetensors", Path.unlink, "no weights"),
-        ("model.safetensors", shorten, "does not load"),
+        (
+            "README.md",
+            lambda path: path.write_text(CARD.replace("license: mit\n", "")),
+            "must have a license, got none",
+        ),
+        ("model.safetensors", Path.unlink, "must hold weights in safetensors, got none"),
+        ("model.safetensors", shorten, "must load, got: "),
         ("model.safetensors", lose_a_weight, "classifier.bias"),
-        ("model.safetensors", spoil_a_weight, "not finite"),
+        ("model.safetensors", spoil_a_weight, "must be finite, got inf or NaN"),
     ],
 )
 def test_what_is_wrong_is_named(name, damage, says, copy):
@@ -457,7 +465,7 @@ def test_what_is_wrong_is_named(name, damage, says, copy):
 def test_clean_process_finds_what_this_one_does_not(copy):
     with (copy / "modeling_inti_clip.py").open("a") as file:
         file.write("\nimport hf_inti\n")
-    with pytest.raises(ValueError, match="does not load or run without hf_inti.*hf_inti"):
+    with pytest.raises(ValueError, match="must load and run without hf_inti, got: .*hf_inti"):
         validate_folder(copy)
 
 
@@ -467,7 +475,7 @@ def test_other_weights_than_the_model_has(copy, model_dir):
     with torch.no_grad():
         model.classifier.bias += 1e-5
     model.save_pretrained(copy)
-    with pytest.raises(ValueError, match="logits differ by 1e-05"):
+    with pytest.raises(ValueError, match="must differ by at most 1e-6, got 1e-05"):
         validate_folder(copy, model_dir)
 
 
@@ -479,19 +487,19 @@ def test_example(model_dir, no_figure, tmp_path):
         prepare_folder(model_dir, tmp_path / "b", REPO, example=tmp_path / "absent.mp4")
 
 
-def test_results_and_facts_are_pushed(model_dir, no_figure, tmp_path):
+def test_results_and_metadata_are_pushed(model_dir, no_figure, tmp_path):
     model = InTIClipForVideoClassification.from_pretrained(model_dir)
     shutil.copyfile(model_dir.parent / "run.json", model_dir / "run.json")
-    facts = metadata_of_run(model_dir)
+    metadata = metadata_of_run(model_dir)
     (model_dir / "run.json").unlink()
-    facts["dataset"]["id"], facts["license"] = "me/clips", "mit"
-    (tmp_path / "facts.yaml").write_text(yaml.safe_dump(facts))
+    metadata["dataset"]["id"], metadata["license"] = "me/clips", "mit"
+    (tmp_path / "metadata.yaml").write_text(yaml.safe_dump(metadata))
     counts = {"top1": 0.75, "top5": 1.0, "mean_class_accuracy": 0.75, "num_videos": 4, "num_unreadable": 0}
     classes = {"per_class": {"opens": 0.5, "closes": 1.0}, "confusion_matrix": [[1, 1, 0], [0, 2, 0], [0, 0, 0]]}
     about = {"arguments": {}, "command": ["evaluate.py"], "commit": None, "fingerprint": fingerprint(model)}
     more = {"protocol": {"frames": 8, "crops": 1, "clips": 1}, "versions": {"torch": "2", "transformers": "5"}}
     (tmp_path / "results.json").write_text(json.dumps({**counts, **classes, **about, **more}))
-    given = {"facts": str(tmp_path / "facts.yaml"), "results": tmp_path / "results.json"}
+    given = {"metadata": str(tmp_path / "metadata.yaml"), "results": tmp_path / "results.json"}
     prepare_folder(model_dir, tmp_path / "a", REPO, **given)
     (entry,) = yaml.safe_load((tmp_path / "a" / ".eval_results" / "clips.yaml").read_text())
     assert entry["value"] == 0.75 and ".eval_results/clips.yaml" in files_of(tmp_path / "a")

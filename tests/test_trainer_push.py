@@ -44,7 +44,7 @@ from transformers import AutoModelForVideoClassification
 model = AutoModelForVideoClassification.from_pretrained("me/inti-clip-trained", trust_remote_code=True)
 assert model(torch.zeros(1, 8, 3, 32, 32)).logits.shape == (1, 2)
 """
-FACTS = """
+METADATA = """
 title: InTI-CLIP on two directions
 recipe:
 base_model:
@@ -71,9 +71,9 @@ def test_trainer_pushes_and_our_card_comes_last(hub, tmp_path):  # noqa: F811
     files = hub.files("me/inti-clip-trained")
     assert {"model.safetensors", "config.json", "modeling_inti_clip.py", "training_args.bin"} <= set(files)
     run("-c", LOAD)
-    (tmp_path / "facts.yaml").write_text(FACTS)
+    (tmp_path / "metadata.yaml").write_text(METADATA)
     script = ROOT / "scripts" / "push_to_hub.py"
-    run(str(script), str(tmp_path / "trained"), "me/inti-clip-trained", "--facts", str(tmp_path / "facts.yaml"))
+    run(str(script), str(tmp_path / "trained"), "me/inti-clip-trained", "--metadata", str(tmp_path / "metadata.yaml"))
     files = hub.files("me/inti-clip-trained")
     assert not [name for name in files if name.endswith(".bin")]  # Trainer's training_args.bin is a pickle
     card = files["README.md"].decode()

@@ -1,8 +1,8 @@
-"""Inference Endpoint handler for InTI-CLIP: in a model's repository it is called `handler.py`.
+"""Handler for Inference Endpoints, copied into a model's repository as `handler.py`.
 
 Request: {"inputs": a video, "parameters": {"top_k": 5, "function_to_apply": "softmax"}}, or the bytes of a video as the
-body. The video is a URL (http or https), or base64, with or without the prefix "data:video/mp4;base64,".
-Response: [{"label": ..., "score": ...}, ...], the best first.
+body. The video is a URL (http or https) or base64, with or without the prefix "data:video/mp4;base64,".
+Response: [{"label": ..., "score": ...}, ...], best first.
 
 Client errors raise a one-line ValueError, returned as HTTP 400.
 """
@@ -15,7 +15,8 @@ import socket
 import ssl
 import time
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import (
     HTTPHandler,
@@ -30,10 +31,10 @@ import torch
 from transformers import AutoModelForVideoClassification, AutoProcessor
 
 
-REQUIREMENTS = "transformers>=5.17\ntorch>=2.11\nav>=16\n"  # requirements.txt beside handler.py
+REQUIREMENTS = "transformers>=5.17\ntorch>=2.11\nav>=16\n"  # requirements.txt in the same repository
 MAX_BYTES = 64 * 2**20
 MAX_SECONDS = 600.0
-MAX_PIXELS = 3840 * 2160  # of a frame
+MAX_PIXELS = 3840 * 2160  # per frame
 TIMEOUT = 30  # seconds for a whole download
 FUNCTIONS = {
     "softmax": lambda logits: logits.softmax(dim=-1),
@@ -43,74 +44,77 @@ FUNCTIONS = {
 
 
 def check_url(url: str) -> None:
-    """Raise a ValueError unless `url` is http(s) and names a host."""
+    """Raise ValueError unless `url` is http(s) and names a host."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80)
-    except ValueError:  # a port that is no number, a bracket that is not closed
-        good = False
-    if not good:
-        raise ValueError(f"the URL must begin with http:// or https:// and name a host, got {url[:100]!r}.")
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80)
+    except ValueError:  # such as a port that is not a number, or an unclosed bracket
+        valid = False
+    if not valid:
+        raise ValueError(f"the URL must start with http:// or https:// and name a host, got {url[:100]!r}; correct it.")
 
 
-def is_public(place: str) -> bool:
-    """Whether an address is on the internet; an IPv4 address inside an IPv6 one is what counts."""
-    address = ipaddress.ip_address(place.partition("%")[0])
+def is_public(host: str) -> bool:
+    """Whether an IP address is on the public internet. An IPv6 address that embeds an IPv4 one is judged by that."""
+    address = ipaddress.ip_address(host.partition("%")[0])
     if address.version == 6:
-        wrapped = address.ipv4_mapped or address.sixtofour
-        if wrapped is None and address in ipaddress.ip_network("64:ff9b::/96"):
-            wrapped = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if wrapped is not None:
-            address = wrapped
+        embedded = address.ipv4_mapped or address.sixtofour
+        if embedded is None and address in ipaddress.ip_network("64:ff9b::/96"):
+            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if embedded is not None:
+            address = embedded
     return address.is_global and not address.is_multicast
 
 
 def public_addresses(host: str, port: int) -> list[str]:
-    """The IP addresses of `host`. Raises a ValueError if it is unknown or any of them is not on the internet."""
+    """Resolve `host`. Raises ValueError if it is unknown or any of its addresses is not on the public internet."""
     try:
-        places = list(dict.fromkeys(place[4][0] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+        addresses = list(dict.fromkeys(info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
     except (OSError, UnicodeError):
         raise ValueError(f"the host must exist, got {host!r}; check the URL.") from None
-    if not all(is_public(place) for place in places):
-        raise ValueError(f"the host {host!r} is not on the public internet; send the video itself instead.")
-    return places
+    if not all(is_public(address) for address in addresses):
+        raise ValueError(f"the host must be on the public internet, got {host!r}; send the video itself instead.")
+    return addresses
 
 
 def connect(host: str, port: int, timeout: float | None) -> socket.socket:
-    """A connection to one of the addresses that were checked: asked again, the name could lead elsewhere."""
+    """Connect to a public address of `host`.
+
+    The connection uses the addresses that were checked: resolving the name again could give others (DNS rebinding).
+    """
     failure = OSError("no address")
-    for place in public_addresses(host, port):
+    for address in public_addresses(host, port):
         try:
-            return socket.create_connection((place, port), timeout)
+            return socket.create_connection((address, port), timeout)
         except OSError as error:
             failure = error
     raise failure
 
 
 class _Connection(HTTPConnection):
-    def connect(self):
+    def connect(self) -> None:
         self.sock = connect(self.host, self.port, self.timeout)
 
 
 class _SecureConnection(HTTPSConnection):
-    def connect(self):
-        # The certificate is that of the name, whatever the address.
+    def connect(self) -> None:
+        # The certificate is checked against the name, not the address.
         context = ssl.create_default_context()
         self.sock = context.wrap_socket(connect(self.host, self.port, self.timeout), server_hostname=self.host)
 
 
 class _Handler(HTTPHandler):
-    def http_open(self, request):
+    def http_open(self, request: Request) -> HTTPResponse:
         return self.do_open(_Connection, request)
 
 
 class _SecureHandler(HTTPSHandler):
-    def https_open(self, request):
+    def https_open(self, request: Request) -> HTTPResponse:
         return self.do_open(_SecureConnection, request)
 
 
 class _Redirects(HTTPRedirectHandler):
-    def redirect_request(self, request, *arguments):
+    def redirect_request(self, request: Request, *arguments: Any) -> Request | None:
         redirected = super().redirect_request(request, *arguments)
         if redirected is not None:
             check_url(redirected.full_url)
@@ -118,12 +122,12 @@ class _Redirects(HTTPRedirectHandler):
 
 
 def download(url: str) -> bytes:
-    """The body at `url`, at most one byte more than `MAX_BYTES`."""
+    """Download `url`; stops after more than `MAX_BYTES`. Raises ValueError if that fails."""
     check_url(url)
     end, body = time.monotonic() + TIMEOUT, bytearray()
-    # Quote what a browser would; what is quoted already stays.
+    # Quote like a browser: what is already quoted stays.
     request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "hf_inti"})
-    # Without proxies, which would look the host up by themselves.
+    # No proxies: they would resolve the host themselves, unchecked.
     opener = build_opener(ProxyHandler({}), _Handler, _SecureHandler, _Redirects)
     try:
         with opener.open(request, timeout=TIMEOUT) as response:
@@ -133,67 +137,77 @@ def download(url: str) -> bytes:
                     break
                 if time.monotonic() > end:
                     raise TimeoutError("too slow")
-    except (OSError, HTTPException, UnicodeError) as error:  # a status, no connection, a time-out, no HTTP
+    except (OSError, HTTPException, UnicodeError) as error:  # bad status, no connection, timeout, not HTTP
         reason = getattr(error, "code", None) or getattr(error, "reason", None) or type(error).__name__
-        raise ValueError(f"the video could not be downloaded ({reason}); check the URL, or send the video.") from None
+        raise ValueError(f"the URL must be downloadable, got {reason}; check it, or send the video itself.") from None
     return bytes(body)
 
 
 def read_video(inputs: str | bytes) -> bytes:
-    """The bytes of the video that a request holds. Raises ValueError for anything else, and for too many bytes."""
+    """Get the video's bytes from a request's inputs. Raises ValueError if there is no video or it is too large."""
     if isinstance(inputs, (bytes, bytearray)):
         body = bytes(inputs)
     elif not isinstance(inputs, str):
         kind = type(inputs).__name__
-        raise ValueError(f"inputs must be one video, as a URL, base64 text or bytes; got {kind}.")
+        raise ValueError(f"inputs must be one video, as a URL, base64 text or bytes, got {kind}; send one of these.")
     elif inputs[:8].lower().startswith(("http://", "https://")):
         body = download(inputs)
     else:
         head, comma, text = inputs.partition(",") if inputs.startswith("data:") else ("", "", inputs)
         if comma and not head.endswith(";base64"):
-            raise ValueError('a "data:" address must hold base64: data:video/mp4;base64,...')
+            raise ValueError('a "data:" URL must hold base64, got another encoding; send data:video/mp4;base64,...')
         if len(text) > MAX_BYTES // 3 * 4 + 4:
-            raise ValueError(f"the video is larger than {MAX_BYTES // 2**20} MiB; send a shorter or smaller one.")
+            raise ValueError(
+                f"the video must have at most {MAX_BYTES // 2**20} MiB, got more; send a shorter or smaller one."
+            )
         try:
             body = base64.b64decode("".join(text.split()), validate=True)
         except (binascii.Error, ValueError):
-            raise ValueError("inputs are neither a URL nor base64 of a video; encode the file's bytes.") from None
+            raise ValueError("inputs must be a URL or base64, got other text; encode the file's bytes.") from None
     if not body:
-        raise ValueError("inputs are empty; send a video.")
+        raise ValueError("inputs must hold a video, got nothing; send one.")
     if len(body) > MAX_BYTES:
-        raise ValueError(f"the video is larger than {MAX_BYTES // 2**20} MiB; send a shorter or smaller one.")
+        raise ValueError(
+            f"the video must have at most {MAX_BYTES // 2**20} MiB, got more; send a shorter or smaller one."
+        )
     return body
 
 
 def check_size(body: bytes) -> None:
-    """Raise a ValueError for a video longer than `MAX_SECONDS` or larger than `MAX_PIXELS`, and for what is no video.
+    """Raise ValueError for a video longer than `MAX_SECONDS` or larger than `MAX_PIXELS`, or if it is not a video.
 
-    The length is taken from the packets, without decoding: headers may lie.
+    The duration comes from the packets, which are not decoded; headers may be wrong.
     """
     import av
 
     seconds, packets = 0.0, 0
     try:
-        # No protocol is allowed but the bytes in hand: a playlist could name files of this machine and addresses.
+        # No other protocols: a playlist could otherwise read local files or the network.
         options = {"protocol_whitelist": ""}
         with av.open(io.BytesIO(body), "r", metadata_errors="ignore", options=options) as container:
             if not container.streams.video:
-                raise ValueError("the file holds no video; send one with a picture.")
+                raise ValueError("the file must have a video stream, got none; send another.")
             stream = container.streams.video[0]
             if stream.width * stream.height > MAX_PIXELS:
-                raise ValueError(f"frames of {stream.width} x {stream.height} are too large; scale the video down.")
+                raise ValueError(
+                    f"frames must have at most {MAX_PIXELS} pixels, got {stream.width} x {stream.height}; "
+                    "scale the video down."
+                )
             for packet in container.demux(stream):
                 packets += packet.size > 0
                 if packet.pts is not None and packet.time_base is not None:
                     seconds = max(seconds, float(packet.pts * packet.time_base))
-                if max(seconds, packets / 120) > MAX_SECONDS:  # no more than 120 frames a second without times
-                    raise ValueError(f"the video is longer than the {MAX_SECONDS:.0f} s that are taken; cut it.")
+                # Timestamps may be missing: assume at most 120 frames per second.
+                if max(seconds, packets / 120) > MAX_SECONDS:
+                    raise ValueError(f"the video must last at most {MAX_SECONDS:.0f} s, got more; cut it.")
     except av.FFmpegError:
-        raise ValueError("the bytes are no video that can be read; send a whole mp4, webm, mov or avi file.") from None
+        raise ValueError(
+            "inputs must be a readable video, got other bytes; send a whole mp4, webm, mov or avi file."
+        ) from None
 
 
 class EndpointHandler:
-    """Loads the model of the repository at `path` and answers requests."""
+    """Loads the model in the repository at `path` and answers requests, on the GPU if there is one."""
 
     def __init__(self, path: str = ""):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,22 +215,22 @@ class EndpointHandler:
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         model = AutoModelForVideoClassification.from_pretrained(path, trust_remote_code=True, dtype=dtype)
         self.model = model.to(self.device).eval()
-        with suppress(ValueError):  # quantised or adapted layers have no faster way
+        with suppress(ValueError):  # quantised or adapted layers have no faster path
             self.model.optimize_for_inference()
 
     def __call__(self, data: dict) -> list[dict]:
-        """Classify one video; raises a one-line ValueError for a bad request."""
+        """Classify one video. Raises a one-line ValueError for a bad request."""
         if not isinstance(data, dict) or "inputs" not in data:
-            raise ValueError('a request needs "inputs": a URL, base64 or bytes of a video.')
+            raise ValueError('a request must have "inputs", got none; send a URL, base64 or bytes of a video.')
         parameters = data.get("parameters") or {}
         unknown = sorted(set(parameters) - {"top_k", "function_to_apply"}) if isinstance(parameters, dict) else ["?"]
         if unknown:
-            raise ValueError(f"parameters may hold top_k and function_to_apply, got {parameters!r}.")
+            raise ValueError(f"parameters must be a mapping of top_k and function_to_apply, got {parameters!r}.")
         top_k, function = parameters.get("top_k", 5), parameters.get("function_to_apply", "softmax")
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"top_k must be a whole number from 1, got {top_k!r}.")
+            raise ValueError(f"top_k must be a whole number of at least 1, got {top_k!r}; correct it.")
         if not isinstance(function, str) or function not in FUNCTIONS:
-            raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {function!r}.")
+            raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {function!r}; correct it.")
         body = read_video(data["inputs"])
         check_size(body)
         pixel_values = self.processor(body, return_tensors="pt")["pixel_values"]  # a damaged video is a ValueError

@@ -1,10 +1,11 @@
-"""The facts of a model card, and what has to agree with them: model, recipe, training run, what scripts measured."""
+"""Metadata of model cards, and checks that model, recipe, training run and measurements agree with it."""
 
 import getpass
 import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
@@ -19,59 +20,61 @@ from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from ..papers.published import TOWERS
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
 from ..training.cli import parse_recipe
-from ..training.run_info import FREE_SETTINGS
+from ..training.run_info import FREE_SETTINGS, settings_of
 
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "model_cards"
-TOKEN = r"\bhf_[A-Za-z0-9]{20,}"  # what a token of the Hub looks like
-# Fields of the configuration: ours, and those of CLIP's tower.
+TOKEN = r"\bhf_[A-Za-z0-9]{20,}"  # matches access tokens of the Hub
+# Fields of the configuration: this package's, and those of CLIP's tower.
 METHOD = "num_frames compression compression_layers compression_options adaptation adaptation_options".split()
 TOWER = "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size".split()
-FACTS = {
+METADATA_KEYS = {
     "title": None,
-    "recipe": None,  # a file of scripts/recipes
+    "recipe": None,  # a file in scripts/recipes
     "base_model": None,
-    "tower": None,  # of `published.TOWERS`
+    "tower": None,  # a key of `published.TOWERS`
     "license": None,
     "dataset": ("name", "id", "split", "num_labels", "terms", "limits"),
     "method": METHOD,
-    "published": ("table", "model"),  # of a row of `published.TABLES`
+    "published": ("table", "model"),  # identify a row of `published.TABLES`
     "protocol": ("frames", "crops", "clips"),
 }
-# Settings in which a run may differ from its recipe: with those that decide nothing, where its data lie, the seed,
-# how a step's clips are spread over devices, and where it is pushed.
-OWN_SETTINGS = FREE_SETTINGS | {
+# Settings in which a run may differ from its recipe: those that do not affect the result, where its data are, the seed,
+# and how the clips of a step are spread over devices. `model` is compared with the metadata instead.
+RUN_SPECIFIC_SETTINGS = FREE_SETTINGS | {
     *("model", "train_dir", "eval_dir", "layout", "train_split", "eval_split", "video_root", "streaming"),
     *("cache_frames", "seed", "batch_size", "gradient_accumulation_steps", "mixed_precision", "eval_every_epochs"),
 }
-RESULTS = {  # what scripts/evaluate.py writes and cards need
+RESULTS = {  # keys of results.json, which scripts/evaluate.py writes, that cards need
     *("top1", "top5", "mean_class_accuracy", "per_class", "confusion_matrix", "num_videos", "num_unreadable"),
     *("arguments", "command", "commit", "fingerprint", "protocol", "versions"),
 }
-BENCHMARK = {"conditions", "gmacs", "parameters", "forward_clips_per_second"}  # what comparison_measure.py writes
+# Keys that cards need from what `python -m hf_inti.comparison.measure` writes.
+BENCHMARK = {"conditions", "gmacs", "parameters", "forward_clips_per_second"}
 
 
 def load_metadata(path_or_name: str | Path) -> dict:
-    """The facts of a checkpoint, by name (model_cards/NAME.yaml) or from a YAML file of one's own.
+    """Load the metadata of a checkpoint from a YAML file, given its path or its name in model_cards/.
 
-    `dataset` may name a file of model_cards/datasets. Raises ValueError for a file that is missing or no mapping, and
-    for keys that are unknown or missing; what does not exist is null.
+    `dataset` may be the name of a file in model_cards/datasets. Every key must be present; null means that it does not
+    apply. Raises ValueError if the file is missing or not a mapping, or if keys are missing or unknown.
     """
     path = Path(path_or_name)
     path = path if path.suffix == ".yaml" else CARDS / f"{path_or_name}.yaml"
-    facts = read_yaml(path)
-    if isinstance(facts.get("dataset"), str):
-        facts["dataset"] = read_yaml(CARDS / "datasets" / f"{facts['dataset']}.yaml")
-    check_keys(facts, str(path))
-    return facts
+    metadata = read_yaml(path)
+    if isinstance(metadata.get("dataset"), str):
+        metadata["dataset"] = read_yaml(CARDS / "datasets" / f"{metadata['dataset']}.yaml")
+    check_keys(metadata, str(path))
+    return metadata
 
 
 def metadata_of_run(model_dir: str | Path) -> dict:
-    """The facts of any model, from its config.json and, where scripts/train.py left it, run.json.
+    """Metadata of any model, from its config.json and, if it was trained with scripts/train.py, its run.json.
 
-    The licence of the weights is "unknown": it is their owner's to choose, in a facts file. No path gets in: the
-    dataset has its folder's name, the base model none unless it is on the Hub. Raises ValueError if a file is missing.
+    The licence of the weights is "unknown": their owner chooses it, in a metadata file. Local paths are left out: the
+    dataset is named after its folder, and the base model is null unless it is on the Hub. Raises ValueError if
+    config.json is missing or not an InTI-CLIP's, or if run.json is incomplete.
     """
     config, run = load_config(model_dir), read_run(model_dir)
     dataset = {"name": "data that this card does not name", "id": None, "split": "test"}
@@ -87,21 +90,21 @@ def metadata_of_run(model_dir: str | Path) -> dict:
         "dataset": dataset,
         "method": {name: getattr(config, name) for name in METHOD},
     }
-    return {**dict.fromkeys(FACTS), **known}
+    return {**dict.fromkeys(METADATA_KEYS), **known}
 
 
-def _name_of(place: Path) -> str:
-    """What a dataset is called: its folder, not that of its training part nor a list in it."""
-    place = place.parent if place.suffix else place
-    return place.parent.name if place.name in ("train", "training") and place.parent.name else place.name
+def _name_of(path: Path) -> str:
+    """The name of the dataset at `path`: its folder, ignoring a list file and a train/ folder at the end."""
+    folder = path.parent if path.suffix else path
+    return folder.parent.name if folder.name in ("train", "training") and folder.parent.name else folder.name
 
 
 def fingerprint(model: InTIClipForVideoClassification) -> str:
-    """SHA-256 of a model's method, labels and weights: by it a results file is known to be of a model."""
+    """SHA-256 of a model's method, labels and weights; tells whether a results file belongs to a model."""
     config = model.config
     labels = [config.id2label[i] for i in range(config.num_labels)]
-    what = [*(getattr(config, name, None) for name in METHOD + TOWER), labels]
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    described = [*(getattr(config, name, None) for name in METHOD + TOWER), labels]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
@@ -109,13 +112,14 @@ def fingerprint(model: InTIClipForVideoClassification) -> str:
 
 
 def public_text(text: str) -> str:
-    """What may be public of a setting or a word of a command line.
+    """Remove private information from a setting or a word of a command line.
 
-    Of local paths only the last part stays, of URLs no credentials and no query, and the user's name becomes "user".
+    Local paths keep only their last part, URLs lose credentials and query, tokens become "***" and the user's name
+    becomes "user".
     """
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run as nobody that it knows
+    except (KeyError, OSError):  # in a container, the user ID may have no name
         user = None
     flag, equals, value = text.rpartition("=") if text.startswith("-") else ("", "", text)
     if re.match(r"(file:)?(~|\.\.([\\/]|$)|[\\/]|[A-Za-z]:[\\/])", value):
@@ -130,85 +134,121 @@ def public_text(text: str) -> str:
     return flag + equals + value
 
 
-def check_keys(facts: dict, where: str) -> None:
-    """Raise a ValueError that names the first key of `FACTS` that is missing, or one that is not of them."""
-    _compare_keys(facts, FACTS, where)
-    for name, wanted in FACTS.items():
-        if wanted is not None and facts[name] is not None:
-            _compare_keys(facts[name], wanted, f"{where}: {name}")
+def check_keys(metadata: dict, where: str) -> None:
+    """Raise ValueError if a key of `METADATA_KEYS` is missing from `metadata` or it has an unknown one.
+
+    `where` names the metadata in the message.
+    """
+    _compare_keys(metadata, METADATA_KEYS, where)
+    for name, keys in METADATA_KEYS.items():
+        if keys is not None and metadata[name] is not None:
+            _compare_keys(metadata[name], keys, f"{name} in {where}")
     for name in ("dataset", "method"):
-        if facts[name] is None:
-            raise ValueError(f"{where}: {name} is null; give {', '.join(FACTS[name])}.")
+        if metadata[name] is None:
+            raise ValueError(f"{name} in {where} must hold {', '.join(METADATA_KEYS[name])}, got null; add them.")
 
 
-def _compare_keys(given, wanted, where: str) -> None:
-    if not isinstance(given, dict):
-        raise ValueError(f"{where} must hold {', '.join(wanted)}, got {given!r}.")
-    for name in given:
-        if name not in wanted:
-            raise ValueError(f"{where} has an unknown key {name!r}; the keys are {', '.join(wanted)}.")
-    for name in wanted:
-        if name not in given:
-            raise ValueError(f"{where} lacks {name!r}; add it, as null where there is none.")
+def _compare_keys(values: object, keys: Collection[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must hold {', '.join(keys)}, got {values!r}; write it as a mapping.")
+    for name in values:
+        if name not in keys:
+            raise ValueError(f"the keys of {where} must be {', '.join(keys)}, got {name!r}; correct or remove it.")
+    for name in keys:
+        if name not in values:
+            raise ValueError(f"{where} must have the key {name!r}, got none; add it, as null if it does not apply.")
 
 
-def _agree(name: str, there, here, where: str, whose: str) -> None:
-    there, here = json.loads(json.dumps([there, here]))  # tuples and lists are alike
-    if there != here:
-        raise ValueError(f"{where} has {name} = {there!r}, {whose} {here!r}; correct the one that is wrong.")
+def _check_equal(name: str, value: object, wanted: object, owner: str, reference: str) -> None:
+    """Raise ValueError if `value`, the setting `name` of `owner`, is not the `wanted` one of `reference`."""
+    value, wanted = json.loads(json.dumps([value, wanted]))  # makes tuples and lists equal
+    if value != wanted:
+        raise ValueError(
+            f"{name} of {owner} must be {wanted!r}, as in {reference}, got {value!r}; correct whichever is wrong."
+        )
 
 
-def check_model(facts: dict, config: InTIClipVisionConfig, model_dir: Path) -> None:
-    """Raise a ValueError where the facts do not describe the model."""
-    for name, value in facts["method"].items():
-        _agree(name, getattr(config, name), value, f"the model in {model_dir}", "the facts")
-    _agree("num_labels", config.num_labels, facts["dataset"]["num_labels"], f"the model in {model_dir}", "the facts")
-    if facts["tower"] is not None:
-        if facts["tower"] not in TOWERS:
-            raise ValueError(f"the facts name tower {facts['tower']!r}; it must be {', '.join(TOWERS)} or null.")
-        tower = InTIClipVisionConfig(**TOWERS[facts["tower"]])
+def check_model(metadata: dict, config: InTIClipVisionConfig, model_dir: Path) -> None:
+    """Raise ValueError if the metadata does not describe the model with this configuration."""
+    model = f"the model in {model_dir}"
+    for name, value in metadata["method"].items():
+        _check_equal(name, getattr(config, name), value, model, "the metadata")
+    _check_equal("num_labels", config.num_labels, metadata["dataset"]["num_labels"], model, "the metadata")
+    if metadata["tower"] is not None:
+        if metadata["tower"] not in TOWERS:
+            raise ValueError(
+                f"tower in the metadata must be {', '.join(TOWERS)} or null, got {metadata['tower']!r}; correct it."
+            )
+        tower = InTIClipVisionConfig(**TOWERS[metadata["tower"]])
         for name in TOWER:
-            _agree(name, getattr(config, name), getattr(tower, name), f"the model in {model_dir}", facts["tower"])
+            _check_equal(name, getattr(config, name), getattr(tower, name), model, f"tower {metadata['tower']}")
 
 
-def check_recipe(recipe: Path, facts: dict, config: InTIClipVisionConfig, model_dir: Path, run: dict | None) -> None:
-    """Raise a ValueError where facts, model, processor or training run (run.json) do not come from the recipe."""
+def check_recipe(recipe: Path, metadata: dict, config: InTIClipVisionConfig, model_dir: Path, run: dict | None) -> None:
+    """Raise ValueError if metadata, model, processor or training run (run.json) do not match the recipe.
+
+    Settings that the recipe leaves unset are this package's defaults if it starts from CLIP. If it starts from an
+    InTI-CLIP checkpoint, they are the checkpoint's and are not compared.
+    """
     groups = [ModelArguments, DataArguments, TrainingArguments]
     model, data, training = parse_recipe(groups, [str(recipe), "--train_dir", "videos"])
-    _agree("model", model.model, facts["base_model"], recipe.name, "the facts have base_model")
-    clip = CLIPVisionConfig(**{name: getattr(config, name) for name in TOWER})
-    wanted = InTIClipVisionConfig.from_clip(clip, **model.config_options())
-    for name in (*METHOD, "drop_path_rate", "classifier_dropout"):
-        _agree(name, getattr(config, name), getattr(wanted, name), f"the model in {model_dir}", recipe.name)
+    _check_equal("model", model.model, metadata["base_model"], recipe.name, "base_model of the metadata")
+    from_inti_clip = _is_local_inti_clip(model.model)
+    settings = model.config_options()
+    if not from_inti_clip:
+        clip = CLIPVisionConfig(**{name: getattr(config, name) for name in TOWER})
+        expected = InTIClipVisionConfig.from_clip(clip, **settings)
+        settings = {name: getattr(expected, name) for name in (*METHOD, "drop_path_rate", "classifier_dropout")}
+    for name, value in settings.items():
+        _check_equal(name, getattr(config, name), value, f"the model in {model_dir}", recipe.name)
     if (Path(model_dir) / "video_preprocessor_config.json").exists():
         processor = InTIClipVideoProcessor.from_pretrained(model_dir)
-        _agree("num_frames", processor.num_frames, config.num_frames, f"the processor in {model_dir}", "the model")
+        where = f"the processor in {model_dir}"
+        _check_equal("num_frames", processor.num_frames, config.num_frames, where, "the model")
         for name in ("sampling", "frame_stride", "image_mean", "image_std"):
             value = getattr(data, name)
-            value = getattr(InTIClipVideoProcessor, name) if value is None else value
-            _agree(name, getattr(processor, name), value, f"the processor in {model_dir}", recipe.name)
+            if value is None:
+                if from_inti_clip:
+                    continue
+                value = getattr(InTIClipVideoProcessor, name)
+            _check_equal(name, getattr(processor, name), value, where, recipe.name)
     if run is not None:
-        settings = {name: value for group in run["arguments"].values() for name, value in group.items()}
+        settings = settings_of(run["arguments"])
         for group in (model, data, training):
-            for name, value in json.loads(json.dumps(asdict(group))).items():
-                if name not in OWN_SETTINGS:
-                    _agree(name, settings.get(name), value, f"run.json in {model_dir}", recipe.name)
+            for name, value in asdict(group).items():
+                if name not in RUN_SPECIFIC_SETTINGS:
+                    _check_equal(name, settings.get(name), value, f"run.json in {model_dir}", recipe.name)
 
 
-def read_results(path: Path, facts: dict, model_dir: Path) -> dict:
-    """A results.json of scripts/evaluate.py, with `views` ("16x3x4"), once it is known to be of this model.
+def _is_local_inti_clip(model: str) -> bool:
+    """Whether a folder, or a name on the Hub whose files are cached, is an InTI-CLIP checkpoint.
 
-    Raises ValueError for another file, other weights, labels or views, and figures that contradict each other.
+    False if it is neither: cards are written without the network.
+    """
+    try:
+        values, _ = InTIClipVisionConfig.get_config_dict(model, local_files_only=True)
+    except OSError:
+        return False
+    return values.get("model_type") == InTIClipVisionConfig.model_type
+
+
+def read_results(path: str | Path, metadata: dict, model_dir: str | Path) -> dict:
+    """Read a results.json of scripts/evaluate.py and check that it belongs to the model; adds `views` ("16x3x4").
+
+    Raises ValueError if it is another file, if weights, labels or views differ, or if its figures are inconsistent.
     """
     results = _read_json(path, RESULTS, "scripts/evaluate.py")
     model = InTIClipForVideoClassification.from_pretrained(model_dir)
     if results["fingerprint"] != fingerprint(model):
-        raise ValueError(f"{path} is not of the model in {model_dir}; evaluate that one with scripts/evaluate.py.")
-    if facts["protocol"] is not None:
-        _agree("protocol", results["protocol"], facts["protocol"], str(path), "the facts")
+        raise ValueError(
+            f"{path} must be of the model in {model_dir}, got another model's; evaluate this one with "
+            "scripts/evaluate.py."
+        )
+    if metadata["protocol"] is not None:
+        _check_equal("protocol", results["protocol"], metadata["protocol"], str(path), "the metadata")
     counts, num_videos = torch.tensor(results["confusion_matrix"]), results["num_videos"]
     top1, mean = results["top1"], sum(results["per_class"].values()) / len(results["per_class"])
-    whole = (
+    consistent = (
         tuple(counts.shape) == (model.config.num_labels,) * 2
         and set(results["per_class"]) <= set(model.config.id2label.values())
         and counts.sum().item() + results["num_unreadable"] == num_videos
@@ -216,54 +256,67 @@ def read_results(path: Path, facts: dict, model_dir: Path) -> dict:
         and abs(mean - results["mean_class_accuracy"]) < 1e-9
         and top1 <= results["top5"] <= 1
     )
-    if not whole:
-        raise ValueError(f"the figures in {path} contradict each other; evaluate again with scripts/evaluate.py.")
-    return {**results, "views": "x".join(str(results["protocol"][name]) for name in FACTS["protocol"])}
+    if not consistent:
+        raise ValueError(
+            f"the figures in {path} must be consistent, got a contradiction; evaluate again with scripts/evaluate.py."
+        )
+    return {**results, "views": "x".join(str(results["protocol"][name]) for name in METADATA_KEYS["protocol"])}
 
 
-def read_benchmark(path: Path, cost: Cost) -> dict:
-    """What hf_inti.comparison.measure wrote; a ValueError if it is of a model with other costs."""
+def read_benchmark(path: str | Path, cost: Cost) -> dict:
+    """Read a file of hf_inti.comparison.measure. Raises ValueError if it is of a model with other costs."""
     benchmark = _read_json(path, BENCHMARK, "python -m hf_inti.comparison.measure")
     for name, counted in (("gmacs", cost.gmacs), ("parameters", cost.parameters)):
-        _agree(name, benchmark[name], counted, str(path), "this model")
+        _check_equal(name, benchmark[name], counted, str(path), "this model")
     return benchmark
 
 
-def _read_json(path: Path, wanted: set[str], writer: str) -> dict:
+def _read_json(path: str | Path, keys: set[str], writer: str) -> dict:
+    """Read a JSON file that has `keys`; `writer` names the command that writes such files in messages."""
     try:
         values = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; give a file that {writer} wrote.") from None
-    lacking = wanted - set(values) if isinstance(values, dict) else wanted
-    if lacking:
-        raise ValueError(f"{path} holds no {', '.join(sorted(lacking))}; give a file that {writer} of today wrote.")
+        raise ValueError(f"{path} must be readable JSON, got: {error}; give a file that {writer} wrote.") from None
+    missing = keys - set(values) if isinstance(values, dict) else keys
+    if missing:
+        raise ValueError(
+            f"{path} must have the keys {', '.join(sorted(missing))}, got none of them; give a file that the current "
+            f"{writer} wrote."
+        )
     return values
 
 
 def load_config(model_dir: str | Path) -> InTIClipVisionConfig:
+    """Load the configuration of an InTI-CLIP model. Raises ValueError if the folder has none."""
     path = Path(model_dir) / "config.json"
     if not path.is_file() or json.loads(path.read_text()).get("model_type") != InTIClipVisionConfig.model_type:
-        raise ValueError(f"{model_dir} holds no InTI-CLIP; give a folder that train.py or save_pretrained wrote.")
+        raise ValueError(
+            f"{model_dir} must hold an InTI-CLIP model, got none; give a folder that train.py or save_pretrained wrote."
+        )
     return InTIClipVisionConfig.from_pretrained(model_dir)
 
 
 def read_run(model_dir: str | Path) -> dict | None:
+    """Read run.json from a model's folder; None if there is none."""
     path = Path(model_dir) / "run.json"
     return _read_json(path, {"command", "arguments", "versions"}, "train.py") if path.is_file() else None
 
 
 def read_text(path: Path) -> str:
+    """Read a text file. Raises ValueError, with the names in model_cards/, if it does not exist."""
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in CARDS.glob("*.yaml"))) or "none: cards need a clone of the repository"
-        raise ValueError(f"there is no {path}; facts are there of {names}.")
+        names = ", ".join(sorted(p.stem for p in CARDS.glob("*.yaml")))
+        advice = f"the names in model_cards/ are {names}." if names else "model_cards/ is only in the repository."
+        raise ValueError(f"{path} must be a file, got none; {advice}")
     return path.read_text()
 
 
 def read_yaml(path: Path) -> dict:
+    """Read a YAML file that holds a mapping. Raises ValueError if it does not."""
     try:
         values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} must be valid YAML, got: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names with values, got {type(values).__name__}.")
+        raise ValueError(f"{path} must be a mapping, got a {type(values).__name__}; write keys with values.")
     return values

@@ -1,8 +1,8 @@
-"""A trained model as a repository on the Hub: gather its files, try them as a stranger would, push them in one commit.
+"""Pushes a trained model to the Hub: gathers its files, checks that they work without hf_inti, makes one commit.
 
     push_model("outputs/k400/best", "me/inti-clip-vitb-k400", private=True)
 
-Nothing here takes, keeps or prints a token: huggingface_hub finds it (`hf auth login`, or the variable HF_TOKEN).
+No function takes, stores or prints a token: huggingface_hub finds it (`hf auth login`, or the variable HF_TOKEN).
 """
 
 import json
@@ -10,10 +10,19 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_token,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -27,9 +36,12 @@ from .card import FIGURE
 from .folder import PICKLES, check_contents, files_of, prepare_folder, validate_folder, without_token
 
 
-FAILURES = (HTTPError, OSError, ValueError, KeyError, RuntimeError)  # all that huggingface_hub raises for a bad answer
-WAITS = (1, 2, 4)  # seconds before a request is made again
-STEPS = {
+T = TypeVar("T")
+
+# What huggingface_hub may raise for a failed request.
+FAILURES = (HTTPError, OSError, ValueError, KeyError, RuntimeError)
+WAITS = (1, 2, 4)  # seconds before each retry
+STEPS = {  # part of a URL's path: what its request does
     "/api/repos/create": "creating the repository",
     "/api/validate-yaml": "checking the card",
     "/preupload/": "announcing the files",
@@ -37,9 +49,9 @@ STEPS = {
     "/commit/": "committing",
     "/api/models/": "looking the repository up",
 }
-ADVICE = {
+ADVICE = {  # by HTTP status
     400: "the Hub does not accept what was sent: correct it, and push again",
-    402: "the namespace {namespace} has no more room: see its billing",
+    402: "the namespace {namespace} has no storage left: see its billing",
     422: "the Hub does not accept what was sent: correct it, and push again",
     401: "log in with `hf auth login`, or set HF_TOKEN to a token that is still valid",
     403: "this token has no write permission for {namespace}: use one that has, or another namespace",
@@ -48,7 +60,7 @@ ADVICE = {
     412: "the repository was changed at the same time: push again",
     429: "too many requests: wait some minutes, and push again",
 }
-# What an earlier push may have left that would be false beside the new model: weights, results, logs, any pickle.
+# Files of an earlier push that would be wrong for the new model: weights, results, logs, the figure, pickles.
 STALE = r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|\.eval_results/.*|run\.json|metrics\.jsonl|" + (
     rf"{re.escape(FIGURE)}|.*({'|'.join(map(re.escape, PICKLES))})"
 )
@@ -59,30 +71,29 @@ def push_model(
     repo_id: str,
     *,
     private: bool = False,
-    facts: str | None = None,
+    metadata: str | None = None,
     results: str | os.PathLike | None = None,
     benchmark: str | os.PathLike | None = None,
     example: str | os.PathLike | None = None,
     commit_message: str = "Push model",
     dry_run: bool = False,
 ) -> str:
-    """Prepare, validate and push a model; returns the repository's URL. Prints what it did.
+    """Prepare, validate and push a model. Prints a summary and returns the repository's URL.
 
     Args:
-        model_dir, facts, results, benchmark, example: see `prepare_folder`.
+        model_dir, metadata, results, benchmark, example: see `prepare_folder`.
         repo_id, private, commit_message: see `push_folder`.
-        dry_run: stop before the push, and print the files with their sizes and the card; needs neither network nor
-            token.
+        dry_run: instead of pushing, print the card and the files with their sizes; needs neither network nor token.
 
-    Raises ValueError, of one line, for whatever is wrong with the model, the card or the push.
+    Raises a one-line ValueError for anything wrong with the model, the card or the push.
     """
     check_repo_id(repo_id)
     if not dry_run:
         check_token()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "repository"
-        given = {"facts": facts, "results": results, "benchmark": benchmark, "example": example}
-        for note in prepare_folder(model_dir, folder, repo_id, **given):
+    with tempfile.TemporaryDirectory() as tmp_dir:
+        folder = Path(tmp_dir) / "repository"
+        options = {"metadata": metadata, "results": results, "benchmark": benchmark, "example": example}
+        for note in prepare_folder(model_dir, folder, repo_id, **options):
             print(note)
         validate_folder(folder, model_dir)
         print("Validated: loads without hf_inti, with equal logits.")
@@ -99,18 +110,18 @@ def push_model(
 def push_folder(
     folder: str | os.PathLike, repo_id: str, *, private: bool = False, commit_message: str = "Push model"
 ) -> str:
-    """Create the repository where there is none, and push the folder's files to it in one commit, or in none where
-    they are all there already. Returns the repository's URL.
+    """Push a folder to the Hub in one commit, creating the repository if needed. Returns the repository's URL.
 
-    What an earlier push left and is not in `folder` is deleted by the same commit where it would be false now: weights,
-    which would be loaded in place of the new ones, results, logs, the figure, pickles. Other files are left alone.
+    No commit is made if the repository already has the same files. The commit also deletes files of earlier pushes that
+    would be wrong for the new model and are not in `folder`: weights (which might be loaded instead of the new ones),
+    results, logs, the figure and pickles. Other files are kept.
 
     Args:
         repo_id: "namespace/name".
-        private: create it private; refused where it exists and is public.
+        private: create a private repository; an error if it exists and is public.
 
-    Raises ValueError, of one line, that says what failed and what to do. What failed for a passing reason (429, 5xx,
-    lost connections) was tried again before. A commit is made whole or not at all.
+    Raises a one-line ValueError that says what failed and what to do. Requests that fail temporarily (429, 5xx, lost
+    connections) are retried first. The commit is atomic.
     """
     check_repo_id(repo_id)
     check_token()
@@ -118,119 +129,125 @@ def push_folder(
     check_contents(files)
     api = HfApi()
     if not commit_message.strip():
-        raise ValueError("commit_message is empty; say what is pushed.")
-    before, is_new = _persist(lambda: _find_or_create(api, repo_id, private), repo_id)
+        raise ValueError("commit_message must hold text, got none; say what is pushed.")
+    before, is_new = _retry(lambda: _find_or_create(api, repo_id, private), repo_id)
     if private and not is_new and before.private is False:
-        raise ValueError(f"{repo_id} exists and is public; make it private in its settings, or leave --private out.")
+        raise ValueError(
+            f"{repo_id} must be private or new if private is set, got a public repository; make it private in its "
+            "settings, or leave --private out."
+        )
     deleted = []
 
-    def commit():
-        # All made anew each time: operations remember what was uploaded. Doing it again is safe: if the commit was made
-        # and only its answer lost, all files are found unchanged, and no second commit is made.
+    def commit() -> CommitInfo:
+        # Operations remember what was uploaded, so each attempt needs new ones. Retrying is safe: if the commit was
+        # made and only the response was lost, all files are unchanged and no second commit is made.
         info = api.model_info(repo_id)
-        there = [sibling.rfilename for sibling in info.siblings or []]
-        deleted[:] = [name for name in there if name not in files and re.fullmatch(STALE, name)]
+        existing = [sibling.rfilename for sibling in info.siblings or []]
+        deleted[:] = [name for name in existing if name not in files and re.fullmatch(STALE, name)]
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
         operations += [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in deleted]
-        # On top of what was looked at: with another push in between it is refused, and made anew from there.
+        # Pin the parent commit: if someone pushes meanwhile, ours is rejected and retried from the new head.
         parent = info.sha if info.sha and re.fullmatch(constants.REGEX_COMMIT_OID, info.sha) else None
         return api.create_commit(repo_id, operations, commit_message=commit_message, parent_commit=parent)
 
-    made = _persist(commit, repo_id)
+    pushed = _retry(commit, repo_id)
     url = f"{api.endpoint}/{repo_id}"
-    if made.oid == before.sha:
+    if pushed.oid == before.sha:
         print(f"No commit made: nothing has changed since the last push to {url}")
     else:
-        print(f"Pushed {len(files)} files to {url} in one commit, {made.oid[:8]}.")
+        print(f"Pushed {len(files)} files to {url} in one commit, {pushed.oid[:8]}.")
         if deleted:
-            print(f"The same commit deleted {', '.join(deleted)}: of an earlier push.")
+            print(f"The same commit deleted {', '.join(deleted)}, left from an earlier push.")
     return url
 
 
-def _find_or_create(api: HfApi, repo_id: str, private: bool):
-    """What is known of the repository, and whether it was made just now."""
+def _find_or_create(api: HfApi, repo_id: str, private: bool) -> tuple[ModelInfo, bool]:
+    """The Hub's information on the repository, and whether it was created just now."""
     try:
         return api.model_info(repo_id), False
-    except RepositoryNotFoundError:  # status 404, and 401 from servers that do not tell whether it exists
-        api.create_repo(repo_id, private=private or None)  # None: public, or as the organisation wants it
+    except RepositoryNotFoundError:  # status 404, or 401 if the server hides whether it exists
+        api.create_repo(repo_id, private=private or None)  # None: the organisation's default, else public
         return api.model_info(repo_id), True
 
 
 class Failure(NamedTuple):
-    """A failed request: one line with what to do, might it succeed if made again, might it have made the commit."""
+    """A failed request, for the user."""
 
-    text: str
-    passing: bool = False
-    in_doubt: bool = False
+    text: str  # one line: what failed and what to do
+    temporary: bool = False  # a retry may succeed
+    may_have_committed: bool = False
 
 
-def _persist(action, repo_id: str):
-    """What `action` returns; a passing failure is waited out, a lasting one is a ValueError."""
-    in_doubt = False
+def _retry(action: Callable[[], T], repo_id: str) -> T:
+    """Call `action`, again after temporary failures, and return its result. Raises ValueError if it keeps failing."""
+    may_have_committed = False
     for wait in (*WAITS, None):
         try:
             return action()
         except FAILURES as error:
             failure = explain(error, repo_id)
-        in_doubt = in_doubt or failure.in_doubt
-        if wait is None or not failure.passing:
+        may_have_committed = may_have_committed or failure.may_have_committed
+        if wait is None or not failure.temporary:
             break
         time.sleep(wait)
-    done = "Nothing was committed."
-    if in_doubt:
-        done = "The commit may have been made nevertheless; pushing again commits only what is missing."
-    # Out of the `except`, so that no traceback shows the request, with its headers, as the cause.
-    raise ValueError(f"{failure.text} {done}")
+    outcome = "Nothing was committed."
+    if may_have_committed:
+        outcome = "The commit may have been made all the same; pushing again commits only what is missing."
+    # Raised outside the `except`, so that no traceback shows the request, with its headers, as the cause.
+    raise ValueError(f"{failure.text} {outcome}")
 
 
 def explain(error: BaseException, repo_id: str) -> Failure:
-    """What huggingface_hub's error means for somebody who pushes."""
+    """Translate an error of huggingface_hub into what failed, what to do, and whether to retry."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         return Failure("pushing needs the network: unset HF_HUB_OFFLINE.")
-    answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
-    lost = next((e for e in chain if isinstance(e, (HTTPError, ConnectionError, TimeoutError))), None)
-    path = _path_of(answered.response if answered is not None else lost)  # errors with an answer forget the request
+    status_error = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
+    connection_error = next((e for e in chain if isinstance(e, (HTTPError, ConnectionError, TimeoutError))), None)
+    # An HfHubHTTPError does not keep its request, but its response does.
+    path = _path_of(status_error.response if status_error is not None else connection_error)
     step = next((step for part, step in STEPS.items() if part in path), "uploading a file")
-    again = path.startswith("/api/") and "/preupload/" not in path  # others were made again by huggingface_hub already
-    if answered is not None:
-        status = answered.response.status_code
-        said = without_token(answered.server_message or "")[:300]
+    retry = path.startswith("/api/") and "/preupload/" not in path  # huggingface_hub has retried the others itself
+    if status_error is not None:
+        status = status_error.response.status_code
+        detail = without_token(status_error.server_message or "")[:300]
         advice = ADVICE.get(status, "the Hub has a problem: push again later" if status >= 500 else "push again later")
         advice = advice.format(repo_id=repo_id, namespace=repo_id.split("/")[0])
-        text = f"{step} failed with status {status}{f' ({said})' if said else ''}: {advice}."
-        lost_behind_a_gateway = status in (502, 504) and step == "committing"
-        return Failure(text, again and (status in (408, 409, 412, 429) or status >= 500), lost_behind_a_gateway)
-    if lost is not None:
-        reason = without_token(str(lost)) or type(lost).__name__
+        text = f"{step} failed with status {status}{f' ({detail})' if detail else ''}: {advice}."
+        retry = retry and (status in (408, 409, 412, 429) or status >= 500)
+        # A gateway may give up on a commit that the server behind it completes.
+        return Failure(text, retry, may_have_committed=status in (502, 504) and step == "committing")
+    if connection_error is not None:
+        reason = without_token(str(connection_error)) or type(connection_error).__name__
         text = f"{step} failed, the connection was lost ({reason}): check the network, and push again."
-        return Failure(text, again, in_doubt=step == "committing")
+        return Failure(text, retry, may_have_committed=step == "committing")
     if isinstance(error, (KeyError, json.JSONDecodeError)):
-        return Failure("the Hub gave an answer that was not understood: push again later.", True)
+        return Failure("the Hub sent an invalid response: push again later.", temporary=True)
     return Failure(f"the push failed: {without_token(' '.join(map(str, chain)))}")
 
 
-def _path_of(asked) -> str:
+def _path_of(source: Any) -> str:
+    """The path of the URL that an HTTP response or error belongs to; "" if it has no request."""
     try:
-        return asked.request.url.path
-    except (AttributeError, RuntimeError):  # httpx's own where no request was set
+        return source.request.url.path
+    except (AttributeError, RuntimeError):  # httpx raises RuntimeError if no request was set
         return ""
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a ValueError unless it is "namespace/name", both as the Hub takes them."""
+    """Raise ValueError unless `repo_id` is "namespace/name" and valid on the Hub."""
     try:
         validate_repo_id(repo_id)
-        good = repo_id.count("/") == 1
+        valid = repo_id.count("/") == 1
     except HFValidationError:
-        good = False
-    if not good:
-        raise ValueError(f"the repository must be given as NAMESPACE/NAME, such as me/inti-clip, got {repo_id!r}.")
+        valid = False
+    if not valid:
+        raise ValueError(f"the repository must be NAMESPACE/NAME, got {repo_id!r}; give one such as me/inti-clip.")
 
 
 def check_token() -> None:
-    """Raise a ValueError where no token is set."""
+    """Raise ValueError if no token is set."""
     if get_token() is None:
-        raise ValueError("there is no token to push with: log in with `hf auth login`, or set HF_TOKEN.")
+        raise ValueError("a token must be set for pushing, got none; log in with `hf auth login`, or set HF_TOKEN.")
