@@ -9,10 +9,12 @@
 #   PYTHON       the interpreter for .venv, 3.11 or newer
 #   TORCH_INDEX  where pip gets torch; https://download.pytorch.org/whl/cpu avoids CUDA on machines without a GPU
 #   SEED         of the demo's videos and weights
+#   RECORD       the file that the demo's accuracies are added to
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 SEED ?= 0
+RECORD ?= demo/demo.json
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 RUN = .venv/bin/python
 
@@ -37,7 +39,7 @@ demo: .venv/installed
 	$(RUN) scripts/evaluate.py demo/inti/last --data_dir demo/data
 	$(RUN) scripts/predict.py demo/inti/last demo/data/test/*/000.mp4 --top_k 2
 	$(RUN) scripts/visualize.py demo/inti/last demo/data/test/slides_right/000.mp4 --output demo/figure4.png
-	$(RUN) scripts/report_demo.py --seed $(SEED)
+	$(RUN) scripts/report_demo.py --seed $(SEED) --record $(RECORD)
 
 test: .venv/installed
 	$(RUN) -m pytest -n auto --dist loadfile

@@ -1,7 +1,9 @@
 """The benchmark of decoders: its clips, that wrong frames are noticed, and the report."""
 
 import json
+import re
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -116,11 +118,17 @@ def test_report(tmp_path):
     rows = read_report(tmp_path)["rows"]
     assert {"hf_inti@64x48_12", "load_video@64x48_12", "1s", "2s"} <= rows.keys()
     assert rows["1s"].keys() == {"seconds_once", "peak_memory_bytes"}
-    assert "hf_inti@64x48_12" in (tmp_path / "benchmark.md").read_text()
+    written = (tmp_path / "benchmark.md").read_text()
+    assert "hf_inti@64x48_12" in written
+    milliseconds = f"{1e3 * rows['pyav@64x48_12']['seconds']:.0f}"
+    assert re.search(rf"^\| ms +\| 64x48_12 \|\n.*\n(\|.*\n)*\| pyav +\| +{milliseconds} \|$", written, re.M)
 
 
 @pytest.mark.slow
-def test_prediction_and_its_halves(tmp_path, tiny_config, capsys):
+def test_prediction_and_its_halves(tmp_path, tiny_config, monkeypatch, capsys):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(prediction.tempfile, "TemporaryDirectory", lambda: nullcontext(scratch))
     model = tmp_path / "model"
     InTIClipForVideoClassification(tiny_config()).save_pretrained(model)
     InTIClipVideoProcessor(num_frames=8, size=32, crop_size=32).save_pretrained(model)
@@ -131,6 +139,6 @@ def test_prediction_and_its_halves(tmp_path, tiny_config, capsys):
     assert all(row["seconds"] > 0 for row in rows.values())
     assert rows["predict"]["of_slower"] > 0
     assert "on 3 videos" in capsys.readouterr().out
-    lines = (tmp_path / "out" / "predict_log.txt").read_text().splitlines()
-    assert sum(line.startswith(str(tmp_path / "out" / "videos")) for line in lines) == 4 * 3  # each run does them all
+    lines = (scratch / "predict_log.txt").read_text().splitlines()
+    assert sum(line.startswith(str(scratch / "videos")) for line in lines) == 4 * 3  # each run does them all
     assert json.loads((tmp_path / "out" / "benchmark.json").read_text())["title"] == "Prediction"

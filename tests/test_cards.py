@@ -487,11 +487,11 @@ def test_speed_comes_from_a_benchmark_of_this_model(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_six_lines_run(trained, monkeypatch, capsys):
+def test_the_lines_of_a_card_run(trained, monkeypatch, capsys):
     write_video(trained / "example.mp4")
     card = render_card(metadata_of_run(trained), trained, "me/mine")
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) == 6
+    assert len([line for line in code.splitlines() if line]) == 7
     asked = []
 
     def download(repo_id, name):

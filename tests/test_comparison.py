@@ -256,7 +256,7 @@ def test_failing_run_shows_its_log(folder, tmp_path, capsys):
         ),
         (["--methods", '{"A": {"compression": "tom"}}'], "A: compression must be one of none, inti"),
         (["--methods", '{"A": {"compression_options": {"cub": 1}}}'], "A: InTICompression has no option 'cub'"),
-        (["--num_frames", "5"], "InTI: got 5 frames"),
+        (["--num_frames", "5"], "InTI: the number of frames must be a multiple of 2"),
         (["--epochs", "many"], "Naive: argument --epochs: invalid int value: 'many'"),
         (["--seed", "1"], "got 'seed'; did you mean 'seeds'?"),
         (["--seeds", "1", "1"], "seeds must be different"),

@@ -1,3 +1,4 @@
+import json
 import os
 import runpy
 import subprocess
@@ -154,3 +155,18 @@ def test_pretrained_tower_loads_and_is_the_same_again(tmp_path):
     first, second = (CLIPVisionModel.from_pretrained(tmp_path / name) for name in ("first", "second"))
     assert (first.config.hidden_size, first.config.num_hidden_layers, first.config.image_size) == (96, 4, 32)
     assert all(value.equal(second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_record_of_the_demo_collects_seeds(tmp_path):
+    write_record = runpy.run_path(str(SCRIPT.with_name("report_demo.py")))["write_record"]
+    path = tmp_path / "results" / "demo.json"
+    write_record(path, "1", {"Naive": 0.5, "InTI": 1.0}, 200)
+    write_record(path, "0", {"Naive": 0.25, "InTI": 0.985}, 200)
+    record = json.loads(path.read_text())
+    assert record["command"].startswith("make demo SEED=0 RECORD=")
+    assert record["seeds"]["1"]["top1"]["InTI"] == 1 and record["seeds"]["0"]["num_videos"] == 200
+    head, _, naive, inti = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in path.with_suffix(".md").read_text().splitlines()[:4]
+    )
+    assert head == ["top-1", "SEED=0", "SEED=1"]
+    assert (naive, inti) == (["Naive", "25.0%", "50.0%"], ["InTI", "98.5%", "100.0%"])

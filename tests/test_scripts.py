@@ -638,7 +638,7 @@ def test_visualize(run, trained, data, tmp_path):
     video = data / "test" / "red" / "0.mp4"
     done = run("visualize", trained[0] / "best", video, "--output", tmp_path / "figure.png", "--num_frames", "8")
     assert done.code == 0 and (tmp_path / "figure.png").stat().st_size > 10000
-    assert run("visualize", trained[0] / "best", video, "--num_frames", "5").error.startswith("error: got 5 frames")
+    assert run("visualize", trained[0] / "best", video, "--num_frames", "5").error.startswith("error: the number of frames must be")
     model = InTIClipForVideoClassification.from_pretrained(trained[0] / "best")
     for compression in ("tome", "none"):
         model.config.compression = compression
@@ -670,7 +670,7 @@ def test_wrong_settings_read_well(train, run, tmp_path, data, tower):
         (train(out, "--epochs", "three"), "argument --epochs: invalid int value: 'three'"),
         (train(out, "--train_dir", str(empty)), "no videos found in class folders"),
         (train(out, "--train_dir", str(tmp_path / "absent")), "no such file or folder"),
-        (train(out, "--num_frames", "5"), "got 5 frames, but"),
+        (train(out, "--num_frames", "5"), "must be a multiple of 2 for this compression and adaptation, got 5;"),
         (train(out, "--compression_layers", "2", "1"), "[2, 1]"),
         (train(out, "--compression_options", '{"cub": "dwconv"}'), "InTICompression has no option 'cub'"),
         (train(out, "--compression_options", "cube"), "must be a JSON mapping such as"),
@@ -711,7 +711,7 @@ def test_wrong_use_of_a_trained_model(run, trained, data, tmp_path):
         (run("evaluate", model, *out), "the following arguments are required: --data_dir"),
         (run("evaluate", model, "--data_dir", data, "--num_crops", "2", *out), "num_crops must be 1 or 3, got 2"),
         (run("evaluate", model, "--data_dir", data, "--num_crops", "2", "--num_workers", "1", *out), "must be 1 or 3"),
-        (run("evaluate", model, "--data_dir", data, "--num_frames", "7", *out), "got 7 frames"),
+        (run("evaluate", model, "--data_dir", data, "--num_frames", "7", *out), "got 7; the nearest"),
         (run("predict", model, tmp_path / "empty"), "holds no videos"),
         (run("predict", model), "the following arguments are required: --videos"),
         (run("predict", model, data, "--top_k", "0"), "top_k must be at least 1, got 0"),

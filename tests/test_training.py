@@ -491,7 +491,7 @@ def test_costs_by_hand():
 
 
 def test_costs_refuse_frames_that_cannot_be_halved(tiny_config):
-    with pytest.raises(ValueError, match="got 6 frames"):
+    with pytest.raises(ValueError, match="must be a multiple of 4 .* got 6; the nearest that work: 4 and 8"):
         count_costs(tiny_config(), num_frames=6)
 
 

@@ -15,7 +15,7 @@ import importlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers.video_utils import load_video
 
 from ..measure.jobs import Job, read_json, run_jobs, write_json
 from ..measure.memory import held, peak, reset_peak
+from ..measure.tables import markdown_table
 from ..measure.timing import TimingArguments, interleave, report, summary
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor, crop, sample_indices
 from ..training.cli import parse_recipe, run_script
@@ -209,6 +210,13 @@ def measure_clips(clips: dict[str, Path], repetitions: int) -> tuple[dict[str, d
     return rows, notes
 
 
+def by_clip(rows: dict[str, dict], clips: Iterable[str]) -> str:
+    """A table of milliseconds: a line for each contestant, a column for each clip."""
+    names = dict.fromkeys(row.partition("@")[0] for row in rows)
+    lines = [[name, *(f"{1e3 * rows[f'{name}@{clip}']['seconds']:.0f}" for clip in clips)] for name in names]
+    return markdown_table(["ms", *clips], lines)
+
+
 def measure_memory(path: Path, warm_up: Path) -> dict:
     """In a process of its own: what the processor takes at most for one clip, after a tiny one loaded all code."""
     processor = InTIClipVideoProcessor()
@@ -276,9 +284,10 @@ def main(arguments: list[str]) -> int:
                 name = f"{width}x{height}_{distance}"
                 clips[name] = make_clip(Path(scratch) / f"{name}.mp4", ENCODED_SECONDS, width, height, distance)
         rows, notes = measure_clips(clips, args.repetitions)
+        overview = by_clip(rows, clips)
         rows |= memory_of_lengths(Path(scratch), args.lengths, torch.get_num_threads())
     about = f"16 frames to normalised pixels; CLIP's processor is {type(_clip_processor()).__name__}. {' '.join(notes)}"
-    return report("Decoding", rows, args, about.strip())
+    return report("Decoding", rows, args, about.strip(), overview=overview)
 
 
 if __name__ == "__main__":  # as memory_of_lengths starts it

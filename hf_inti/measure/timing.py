@@ -184,12 +184,18 @@ def cell(name: str, row: dict) -> str:
 
 
 def report(
-    title: str, rows: dict[str, dict], args: TimingArguments, about: str, batch_size: int = 1, picture: bool = True
+    title: str,
+    rows: dict[str, dict],
+    args: TimingArguments,
+    about: str,
+    batch_size: int = 1,
+    picture: bool = True,
+    overview: str = "",
 ) -> int:
     """Write benchmark.md, benchmark.json and benchmark.png into `args.output_dir` and print the first.
 
-    Returns the exit status: 1 where a requirement is missed. Raises ValueError, when all is written, for a requirement
-    of something that was not measured.
+    `overview` is a shorter table, shown first. Returns the exit status: 1 where a requirement is missed. Raises
+    ValueError, when all is written, for a requirement of something that was not measured.
     """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +209,7 @@ def report(
     fields = [name for name in COLUMNS if any(row.get(name) is not None for row in rows.values())]
     heads = ["", *(COLUMNS[name][0] for name in fields)]
     lines = [[name, *(cell(f, row) for f in fields)] for name, row in rows.items()]
-    text = f"### {title}\n\n" + markdown_table(heads, lines)
+    text = f"### {title}\n\n" + (f"{overview}\n" if overview else "") + markdown_table(heads, lines)
     text += (
         f"\n{about} Medians of {args.repetitions} repetitions in turns (quartiles in brackets), {where['device']}, "
         f"{where['threads']} threads, torch {where['torch']}.\n\n{source_line(record)}\n"
