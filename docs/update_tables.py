@@ -2,8 +2,8 @@
 
     python docs/update_tables.py
 
-A table below a comment that names its JSON file is replaced by the one in the Markdown beside that file, and the commit
-and date in the text after it by the file's. The rows of ratios in benchmarks.md are computed from the folders they name.
+A table below a comment that names a JSON file is replaced by the one in the Markdown file of that name, and the commit
+and date in the text after it by the file's. Rows of ratios are computed from the folders that they name.
 """
 
 import json
@@ -12,7 +12,9 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-TABLE = re.compile(r"(?P<marker><!-- (?P<file>results/\S+) -->\n+)(?P<table>(?:\|.*\n)+)(?P<rest>.*?)(?=\n#|\n<!--|\Z)", re.S)
+TABLE = re.compile(
+    r"(?P<marker><!-- (?P<file>results/\S+) -->\n+)(?P<table>(?:\|.*\n)+)(?P<rest>.*?)(?=\n#|\n<!--|\Z)", re.S
+)
 SOURCE = re.compile(r"commit \w+, (?P<machine>[^,\n]+,\s)?(?P<date>\d{4}-\d\d-\d\d|DATE)")
 RATIOS = re.compile(r"^(\| (?P<what>[\w ,-]+?) +)\| [\d.]+ \| [\d.]+ \| `(?P<folder>\w+)/` \|$", re.M)
 FIELDS = {"multiply-adds": "gmacs", "activation memory of that step": "activation_memory_bytes"}
@@ -21,7 +23,8 @@ FIELDS = {"multiply-adds": "gmacs", "activation memory of that step": "activatio
 def update_table(found: re.Match) -> str:
     """A marked table with the text up to the next heading or marker, from its result."""
     file = ROOT / found["file"]
-    record, tables = json.loads(file.read_text()), re.findall(r"(?:^\|.*\n)+", file.with_suffix(".md").read_text(), re.M)
+    record = json.loads(file.read_text())
+    tables = re.findall(r"(?:^\|.*\n)+", file.with_suffix(".md").read_text(), re.M)
     head = found["table"].partition("\n")[0].split("|")[1].strip()
     same = [table for table in tables if table.partition("\n")[0].split("|")[1].strip() == head]
     if not same:

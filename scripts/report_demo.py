@@ -26,7 +26,9 @@ MIN_WITH_ORDER = 0.9
 def main() -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--seed", default="0", help="The demo's SEED.")
-    parser.add_argument("--record", type=Path, default=Path("demo/demo.json"), help="Record that this seed is added to.")
+    parser.add_argument(
+        "--record", type=Path, default=Path("demo/demo.json"), help="Record that this seed is added to."
+    )
     args = parser.parse_args()
     demo = Path("demo")
     results = {}

@@ -97,7 +97,10 @@ def test_half_precision_becomes_full(released):
         (lambda w: w.pop("class_embedding"), "must have one class_embedding, as CLIP has, got 0"),
         (lambda w: w.pop("conv1.weight"), "must be of st_adapter on CLIP, got none with conv1.weight"),
         (lambda w: w.pop("ln_post.bias"), "do not make a whole st_adapter model"),
-        (lambda w: w.update({"transformer.resblocks.0.novel.weight": torch.ones(1)}), "must be those of st_adapter .*, got transformer.resblocks.0.novel.weight"),
+        (
+            lambda w: w.update({"transformer.resblocks.0.novel.weight": torch.ones(1)}),
+            "must be those of st_adapter .*, got transformer.resblocks.0.novel.weight",
+        ),
         (lambda w: w.pop("transformer.resblocks.1.ln_2.bias"), "do not make a whole st_adapter model"),
         (lambda w: [w.pop(n) for n in list(w) if "adapter" in n], "got 33 parameters without any of their modules"),
     ],

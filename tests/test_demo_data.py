@@ -165,8 +165,7 @@ def test_record_of_the_demo_collects_seeds(tmp_path):
     record = json.loads(path.read_text())
     assert record["command"].startswith("make demo SEED=0 RECORD=")
     assert record["seeds"]["1"]["top1"]["InTI"] == 1 and record["seeds"]["0"]["num_videos"] == 200
-    head, _, naive, inti = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in path.with_suffix(".md").read_text().splitlines()[:4]
-    )
+    lines = path.with_suffix(".md").read_text().splitlines()[:4]
+    head, _, naive, inti = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     assert head == ["top-1", "SEED=0", "SEED=1"]
     assert (naive, inti) == (["Naive", "25.0%", "50.0%"], ["InTI", "98.5%", "100.0%"])
