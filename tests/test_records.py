@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -77,6 +78,25 @@ def test_tables_are_those_of_their_results(path, result, table):
         if set("".join(quoted)) <= set("-: "):
             continue
         assert quoted in cells, f"{path.name}: {line}"
+
+
+def test_update_of_tables(tmp_path):
+    """It replaces a table, commit and date, keeps the rest, and has nothing to do here."""
+    script = runpy.run_path(ROOT / "docs" / "update_tables.py")
+    for path in DOCUMENTS:
+        assert script["updated"](path.read_text()) == path.read_text(), f"run docs/update_tables.py for {path.name}"
+    record = {"commit": "0123456789", "date": "2026-11-24T01:02:03"}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "x.json").write_text(json.dumps(record))
+    (tmp_path / "results" / "x.md").write_text("| other |\n| - |\n\n| name | ms |\n| - | - |\n| a | 2 |\n")
+    script["updated"].__globals__["ROOT"] = tmp_path
+    page = (
+        "<!-- results/x.json -->\n| name | ms |\n| - | - |\n| a | 1 |\n\n`x`, commit COMMIT, DATE.\nMore, commit f00.\n"
+    )
+    wanted = page.replace("| a | 1 |", "| a | 2 |").replace("COMMIT, DATE", "0123456, 2026-11-24")
+    assert script["updated"](page) == wanted
+    with pytest.raises(SystemExit, match="must hold a table whose first head is 'nobody'"):
+        script["updated"](page.replace("| name |", "| nobody |"))
 
 
 def test_costs_are_written(tmp_path):
