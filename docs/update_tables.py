@@ -13,9 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.compile(
-    r"(?P<marker><!-- (?P<file>results/\S+) -->\n+)(?P<table>(?:\|.*\n)+)(?P<rest>.*?)(?=\n#|\n<!--|\Z)", re.S
+    r"(?P<marker><!-- (?P<file>results/\S+) -->\n+)(?P<table>(?:\|[^\n]*\n)+)(?P<rest>.*?)(?=\n#|\n<!--|\Z)", re.S
 )
-SOURCE = re.compile(r"commit \w+, (?P<machine>[^,\n]+,\s)?(?P<date>\d{4}-\d\d-\d\d|DATE)")
+SOURCE = re.compile(r"commit \w+, (?P<machine>(?:[^,\n]+,\s){0,2}?)(?P<date>\d{4}-\d\d-\d\d|DATE)")
 RATIOS = re.compile(r"^(\| (?P<what>[\w ,-]+?) +)\| [\d.]+ \| [\d.]+ \| `(?P<folder>\w+)/` \|$", re.M)
 FIELDS = {"multiply-adds": "gmacs", "activation memory of that step": "activation_memory_bytes"}
 
