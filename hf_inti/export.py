@@ -252,7 +252,7 @@ def largest_difference(
 
 
 def check_exported(model: InTIClipForVideoClassification, path: str | Path, dynamic_frames: bool = False) -> float:
-    """Load the file anew and return its `largest_difference`; ValueError if that is above TOLERANCE."""
+    """Load the file again and return its `largest_difference`; ValueError if that is above TOLERANCE."""
     # Where two tokens or frames are as good as equal, rounding decides which is chosen: in one clip of thirty or so.
     draws = 5 if model.config.compression in ("tome", "sta", "stts") else 1
     difference = largest_difference(model, ExportedModel(path), dynamic_frames, draws)

@@ -3,8 +3,8 @@
     python scripts/export.py outputs/k400/best exported --int8 true --evaluate_dir k400/val.csv
 
 Writes model.onnx, model_int8.onnx or model.pt2 to OUTPUT_DIR, and the processor beside them. They take any number of
-clips, and each holds labels, frames, size and normalisation as metadata. Each file is loaded anew and compared with the
-model on random clips (int8, which is meant to differ, is only reported).
+clips, and each holds labels, frames, size and normalisation as metadata. Each file is loaded again and compared with
+the model on random clips (int8, which is meant to differ, is only reported).
 """
 
 from dataclasses import dataclass, field

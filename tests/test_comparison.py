@@ -120,7 +120,7 @@ def compared(folder):
             interruption.setattr(comparison_processes.time, "sleep", stop)
             assert main(arguments(folder)) == 130
         signal.signal(signal.SIGINT, handler)
-        assert error.getvalue().splitlines()[-1] == "Stopped; the same command goes on from here."
+        assert error.getvalue().splitlines()[-1] == "Stopped; run the same command to continue."
         assert len(begun) >= 3 and all(process.returncode is not None for process in begun)
         assert not (out / "comparison.md").exists()
 

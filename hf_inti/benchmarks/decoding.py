@@ -105,7 +105,7 @@ def _clip_processor():
 
 
 def decoding_contestants(path: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    """The contestants that are installed, each making pixel_values (16, 3, 224, 224) of the clip anew."""
+    """The contestants that are installed, each making pixel_values (16, 3, 224, 224) from the clip's file."""
     path, threads = str(path), torch.get_num_threads()
     ours, clips = InTIClipVideoProcessor(), _clip_processor()
 

@@ -53,12 +53,12 @@ def points_of(args: GrowthArguments) -> list[tuple[str, int, dict[str, dict], in
 
 
 def name_of(model: str, axis: str, value: int) -> str:
-    """Of a row."""
+    """The name of a row."""
     return f"{model}:{axis}={value}"
 
 
 def picture(rows: dict[str, dict], args: GrowthArguments, path: Path) -> None:
-    """Draw time and memory along each axis; dashed, what the first point and the operations would let expect."""
+    """Draw time and memory along each axis; dashed, what the first point and the operations predict."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), dpi=120, layout="constrained")

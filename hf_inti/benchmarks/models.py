@@ -163,7 +163,7 @@ class ModelsArguments(TimingArguments):
 
 
 def configuration(spec: dict) -> InTIClipVisionConfig:
-    """Of a model of this package. Raises ValueError for a size or field that does not exist."""
+    """The configuration of a model of this package. Raises ValueError for a size or field that does not exist."""
     spec = dict(spec)
     size = spec.pop("size", None)
     if not isinstance(size, str) or size not in TOWERS:
@@ -335,7 +335,7 @@ def memory_of_all(models: dict[str, dict], how: RunOptions, folder: Path, thread
 def measure_models(
     models: dict[str, dict], how: RunOptions, args: TimingArguments, matrix_rate: bool
 ) -> dict[str, dict]:
-    """Rows of all models, and with `matrix_rate` the rate of the first own model's matrix products beside them."""
+    """Rows of all models, and with `matrix_rate` the rate of the first own model's matrix products as well."""
     torch.set_float32_matmul_precision(how.matmul_precision)
     rows, runs = {}, {}
     for name, spec in models.items():

@@ -93,7 +93,7 @@ class PredictionArguments(TimingArguments):
     model: str | None = field(
         default=None, metadata={"help": "A trained model: a folder; default: InTI-B, 5 and 7, with random weights."}
     )
-    videos: str | None = field(default=None, metadata={"help": "A folder of videos; default: such as are made."})
+    videos: str | None = field(default=None, metadata={"help": "A folder of videos; default: generated ones."})
     num_videos: int = field(default=100, metadata={"help": "How many are made, of 10 seconds and 340 x 256."})
 
 

@@ -95,6 +95,6 @@ def measure(folder: Path, batch_size: int) -> dict:
     }
 
 
-if __name__ == "__main__":  # as comparison.py starts it
+if __name__ == "__main__":  # as run.py starts it
     model, clips_in_batch, output = sys.argv[1:]
     run_script(lambda: write_json(Path(output), measure(Path(model), int(clips_in_batch))))

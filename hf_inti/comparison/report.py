@@ -81,7 +81,7 @@ def notes(conditions: list[dict], seeds: list[int], about: str) -> str:
 
 
 def accuracy_picture(rows: list[dict], path: Path) -> None:
-    """Draw accuracy against GMACs, bars of one standard deviation; names stand where nothing else is."""
+    """Draw accuracy against GMACs, bars of one standard deviation; names where nothing else is."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")

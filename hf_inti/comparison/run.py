@@ -59,7 +59,7 @@ class ComparisonArguments:
         default=None, metadata={"help": "Clips in a batch when speed and memory are measured; default: the recipe's."}
     )
     train_script: str | None = field(
-        default=None, metadata={"help": "Where train.py lies; default: in scripts, beside the package."}
+        default=None, metadata={"help": "Path to train.py; default: in scripts, next to the package."}
     )
 
     def __post_init__(self):
@@ -272,7 +272,7 @@ def main(arguments: list[str]) -> int:
         train_all(runs, args)
         measurements = measure_all(runs, args)
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        print("Stopped; run the same command to continue.", file=sys.stderr)
         return 130
     results = {method: [run.result for run in runs if run.method == method] for method in args.methods}
     _, data, training = runs[0].parsed

@@ -1,12 +1,12 @@
 """LinearPooling and ConvPooling: the InTI paper's two baselines that halve the frames (Sec. 4.2, Tables 2, 3 and 7).
 
-Both stand where InTI stands and take (B, T, L, C) with T even to (B, T/2, L, C), class tokens included.
+Both are placed where InTI is and take (B, T, L, C) with T even to (B, T/2, L, C), class tokens included.
 
 The paper describes ConvPooling in a sentence, "a set of stride 3D convolutions", and elsewhere speaks of
 non-overlapping ones (Sec. 3.2). By default it is one dense convolution of kernel 3 and stride 2 in time and 1 x 1 in
 space: 3 C^2 multiply-adds a token, 4.2 GMACs on B/16 at 5,7, close to the 5 by which the published 184 GFLOPs exceed
-LinearPooling's 179; kernels of 3 x 3 in space would cost 38. Its 3.5 M parameters do not make the published 127 M of
-the 115 M without it; no layer that the paper names does.
+LinearPooling's 179; kernels of 3 x 3 in space would cost 38. Its 3.5 M parameters do not
+explain the published increase from 115 M to 127 M; no layer that the paper names does.
 """
 
 import torch

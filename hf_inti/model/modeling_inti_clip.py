@@ -2,7 +2,7 @@
 
 B clips, T frames, L tokens per frame (the class token first), D width, H heads. The tower is transformers' own CLIP;
 what differs: tokens are carried as (B, T, L, D), attention also returns the keys that some methods read, and the
-methods of `compression.py` and `adaptation.py` are called at the hooks of `token_state.py`.
+methods of `compression.py` and `adaptation.py` are called at the hooks of `methods.py`.
 """
 
 import copy
@@ -292,7 +292,7 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds weights of other shapes than this configuration asks for (see "
                 "the report above); make the configuration from that checkpoint, or pass ignore_mismatched_sizes=True "
-                "to start these weights anew."
+                "to reinitialise those weights."
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.base_model.freeze()  # again: loaded parameters are new ones
@@ -311,7 +311,7 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
         Queries, keys and values become one matrix product, the scales of CLIP's activation move into the products
         around it, and InTI concatenates no tokens. Saving, training and gradients are not affected, no weight is
         copied, and changed weights take effect. Returns the model. Raises ValueError unless linear layers are the
-        model's own, so under LoRA, with hooks, quantised or offloaded.
+        model's own, for example under LoRA, with hooks, quantised or offloaded.
         """
         modules = [module for module in self.modules() if isinstance(module, Optimizable)]
         for module in modules:
@@ -358,7 +358,7 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
             if getattr(theirs, word) != getattr(self.config, word):
                 raise ValueError(
                     f"the weights in {place} were trained with {word} {getattr(theirs, word)!r}, this model has "
-                    f"{getattr(self.config, word)!r}; make it with the configuration that lies beside them."
+                    f"{getattr(self.config, word)!r}; make it with the configuration saved with them."
                 )
         try:
             state = load_file(cached_file(place, TRAINED_WEIGHTS))

@@ -30,7 +30,7 @@ class EvalTransform:
         return {"pixel_values": pixel_values[None] if self.single else pixel_values}
 
     def blank(self) -> dict:
-        """Zeros of that shape, in the place of a broken video."""
+        """Zeros of that shape, in place of a broken video."""
         views, size = self.options["num_clips"] * self.options["num_crops"], self.processor.crop_size
         return {"pixel_values": torch.zeros(views, self.processor.num_frames, 3, size["height"], size["width"])}
 
@@ -38,7 +38,7 @@ class EvalTransform:
 def predict_batches(
     model: nn.Module, loader: DataLoader, accelerator: Accelerator, description: str = "Evaluating"
 ) -> Iterator[dict]:
-    """Batches of `collate` with logits (B, V, K) in float32 in the place of the pixels, NaN for broken videos.
+    """Batches of `collate` with logits (B, V, K) in float32 in place of the pixels, NaN for broken videos.
 
     `loader` has to be prepared by `accelerator`. With several processes each yields the whole batch of all of them.
     """
@@ -67,7 +67,7 @@ def evaluation_loader(clips: VideoClips, accelerator: Accelerator, batch_size: i
 
 
 class _Begun:
-    """A DataLoader whose workers decode the first pass from now on, not from when the first batch is asked for."""
+    """A DataLoader whose workers start decoding immediately, not when the first batch is asked for."""
 
     def __init__(self, loader: DataLoader):
         self.loader, self.first = loader, iter(loader)
@@ -122,7 +122,7 @@ def end_processes(accelerator: Accelerator) -> None:
     """Finish trackers and the process group; to be called by all processes at their end."""
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
-        # Gloo's threads let go of the last tensors under Python's lock. Were the group destroyed before they did, it
-        # would hold that lock and wait for them for ever.
+        # Gloo's threads need Python's lock to release the last tensors. If the group is destroyed first, it holds that
+        # lock and waits for them forever.
         time.sleep(0.5)
     accelerator.end_training()

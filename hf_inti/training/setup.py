@@ -256,7 +256,7 @@ def parameter_groups(model: nn.Module, training: TrainingArguments) -> list[dict
 def count_steps(loader: DataLoader, data: DataArguments, training: TrainingArguments) -> tuple[float, int]:
     """Optimizer steps per epoch, and in all.
 
-    A stream's length is unknown: `max_steps` then stand for all epochs, so that warm-up is a share of them.
+    A stream's length is unknown: `max_steps` then covers all epochs, so that warm-up is a share of them.
     """
     if data.streaming:
         return training.max_steps / training.epochs, training.max_steps
