@@ -310,13 +310,13 @@ def report(tmp_path, scores, **changed):
 
 
 def test_report_of_seeds(tmp_path):
-    assert report(tmp_path, [0.5, 0.7, 0.6]) == ["A", "60.0 ± 10.0", "2", "3", "1", "20", "5", "4"]
+    assert report(tmp_path, [0.5, 0.7, 0.6]) == ["A", "60.0 ± 10.0", "-", "2", "3", "1", "20", "5", "4"]
     row = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))[0]
     assert (row["top1"], row["top1_std"], row["top1_of_seeds"]) == ("0.6", str(stdev([0.5, 0.7, 0.6])), "0.5 0.7 0.6")
 
 
 def test_report_of_one_seed_and_unknown_memory(tmp_path):
-    assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "2", "3", "1", "20", "5", "-"]
+    assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "-", "2", "3", "1", "20", "5", "-"]
 
 
 def test_names_in_the_picture_do_not_overlap(tmp_path, monkeypatch):
