@@ -211,8 +211,8 @@ class TestCompared:
             shutil.copy(out / "records" / method / f"seed_{seed}.json", tmp_path / "records" / method)
         monkeypatch.setattr(comparison, "ROUNDS", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        flags = (
-            "--output_dir",
+        places = ("--output_dir", str(tmp_path / "runs"), "--records_dir", str(tmp_path / "records"))
+        assert main(arguments(folder, *places, "--baselines", "true")) == 0
             str(tmp_path / "runs"),
             "--records_dir",
             str(tmp_path / "records"),
