@@ -213,13 +213,6 @@ class TestCompared:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         places = ("--output_dir", str(tmp_path / "runs"), "--records_dir", str(tmp_path / "records"))
         assert main(arguments(folder, *places, "--baselines", "true")) == 0
-            str(tmp_path / "runs"),
-            "--records_dir",
-            str(tmp_path / "records"),
-            "--baselines",
-            "true",
-        )
-        assert main(arguments(folder, *flags)) == 0
         assert not list(tmp_path.rglob("seed_*/log.txt")) and list(tmp_path.glob("records/*/measurement_0.json"))
         tables = [read_json(path / "comparison.json")["rows"] for path in (out, tmp_path / "runs")]
         assert [row["method"] for row in tables[1][2:]] == ["Ridge, pixels", "Ridge, frame features"]
