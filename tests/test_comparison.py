@@ -23,7 +23,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from conftest import write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
 from hf_inti.comparison import run as comparison
-from hf_inti.comparison.report import HEADS, write_report
+from hf_inti.comparison.baselines import frame_features, grey_pixels, ridge_accuracy
+from hf_inti.comparison.report import HEADS, paired_difference, percent, write_report
 from hf_inti.comparison.run import main
 from hf_inti.measure import jobs as comparison_processes
 from hf_inti.measure.costs import count_costs
@@ -210,11 +211,15 @@ class TestCompared:
             shutil.copy(out / "records" / method / f"seed_{seed}.json", tmp_path / "records" / method)
         monkeypatch.setattr(comparison, "ROUNDS", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        flags = ("--output_dir", str(tmp_path / "runs"), "--records_dir", str(tmp_path / "records"))
-        assert main(arguments(folder, *flags)) == 0
+        places = ("--output_dir", str(tmp_path / "runs"), "--records_dir", str(tmp_path / "records"))
+        assert main(arguments(folder, *places, "--baselines", "true")) == 0
         assert not list(tmp_path.rglob("seed_*/log.txt")) and list(tmp_path.glob("records/*/measurement_0.json"))
         tables = [read_json(path / "comparison.json")["rows"] for path in (out, tmp_path / "runs")]
-        for before, after in zip(*tables, strict=True):
+        assert [row["method"] for row in tables[1][2:]] == ["Ridge, pixels", "Ridge, frame features"]
+        kept = read_json(tmp_path / "records" / "baselines.json")
+        assert [row["top1"] for row in tables[1][2:]] == list(kept["top1"].values()) and kept["num_videos"] == 6
+        assert "\n| Ridge, pixels " in (tmp_path / "runs" / "comparison.md").read_text()
+        for before, after in zip(tables[0], tables[1][:2], strict=True):
             assert [before[name] == after[name] for name in ("method", "top1_of_seeds", "gmacs", "parameters")] == [
                 True
             ] * 4
@@ -310,13 +315,51 @@ def report(tmp_path, scores, **changed):
 
 
 def test_report_of_seeds(tmp_path):
-    assert report(tmp_path, [0.5, 0.7, 0.6]) == ["A", "60.0 ± 10.0", "2", "3", "1", "20", "5", "4"]
+    assert report(tmp_path, [0.5, 0.7, 0.6]) == ["A", "60.0 ± 10.0", "-", "2", "3", "1", "20", "5", "4"]
     row = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))[0]
     assert (row["top1"], row["top1_std"], row["top1_of_seeds"]) == ("0.6", str(stdev([0.5, 0.7, 0.6])), "0.5 0.7 0.6")
 
 
+def test_difference_to_the_first_method_is_paired():
+    assert paired_difference([0.5, 0.6], [0.5, 0.6])["over_first"] == pytest.approx(0)
+    found = paired_difference([0.6, 0.8, 0.7, 0.9], [0.5, 0.6, 0.6, 0.7])  # differences 0.1, 0.2, 0.1, 0.2
+    # Student's t with 3 degrees of freedom: 3.182; the deviation of the differences is 0.0577.
+    assert found["over_first"] == pytest.approx(0.15)
+    assert found["over_first_interval"] == pytest.approx(3.182 * 0.057735 / 2, rel=1e-3)
+    assert paired_difference([0.6], [0.5, 0.6])["over_first"] is None  # a baseline
+    assert percent(0.15, 0.0123, "+") == "+15.0 ± 1.2" and percent(None, None) == "-"
+
+
+def test_baselines_see_grey_frames_in_their_order():
+    clips = torch.zeros(2, 3, 3, 32, 32)
+    clips[0, 1, :, :16, :] = torch.tensor([0.3, 0.6, 0.9])[:, None, None]  # grey 0.6 in the upper half of frame 1
+    pixels = grey_pixels(clips).unflatten(1, (3, 16, 16))
+    assert torch.allclose(pixels[0, 1, :8], torch.tensor(0.6)) and pixels[0].sum() == pixels[0, 1, :8].sum()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).eval()
+    clips = torch.randn(2, 3, 3, 32, 32)
+    features = frame_features(clips, tower).unflatten(1, (3, 8))
+    assert torch.allclose(frame_features(clips.flip(1), tower).unflatten(1, (3, 8)), features.flip(1), atol=1e-6)
+    assert torch.allclose(features[1, 2], tower(clips[1, 2][None]).pooler_output[0], atol=1e-6)
+
+
+def test_baselines_leave_out_broken_videos():
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 2
+    pixels = torch.randn(40, 3)
+    pixels[:, 0] += 6 * labels
+    ok = torch.arange(40) < 30
+    pixels[30:, 0] = 100 * (1 - labels[30:])  # would teach the opposite
+    train = {"pixels": pixels, "features": torch.randn(40, 3), "labels": labels, "ok": ok}
+    test = {name: value[:20] for name, value in train.items()}
+    assert ridge_accuracy("Ridge, pixels", train, test) == 1
+    assert ridge_accuracy("Ridge, frame features", train, test) < 0.9
+    assert ridge_accuracy("Ridge, pixels", train, {**test, "ok": torch.arange(20) < 15}) == 0.75
+
+
 def test_report_of_one_seed_and_unknown_memory(tmp_path):
-    assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "2", "3", "1", "20", "5", "-"]
+    assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "-", "2", "3", "1", "20", "5", "-"]
 
 
 def test_names_in_the_picture_do_not_overlap(tmp_path, monkeypatch):

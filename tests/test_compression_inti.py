@@ -145,3 +145,12 @@ def test_equal_frames_stay_as_they_are_without_position():
     module.position.sigma.data.zero_()
     x = tokens(1, 1).expand(1, 4, -1, -1)
     torch.testing.assert_close(module(x, GRID)[0], x[:, :2], rtol=0, atol=1e-14)
+
+
+def test_position_std_is_that_of_the_position_before_training():
+    torch.manual_seed(0)
+    position = InTI(64, 16, position_std=0.5).position
+    assert position.P.std().item() == pytest.approx(0.5, rel=0.1) and position.sigma.item() == 0
+    position.P.data.zero_()
+    position.reset_parameters()  # as transformers does after loading a plain CLIP
+    assert position.P.std().item() == pytest.approx(0.5, rel=0.1)

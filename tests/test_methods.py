@@ -491,6 +491,7 @@ def test_soft_selection_is_counted_finely_in_bfloat16():
         ("compression", "stts", {"spatial": [[1, 0.5], [1, 0.5]]}, "each block once"),
         ("compression", "stts", {"temporal": 0.5}, "list of pairs"),
         ("compression", "stts", {"scorer": "deep"}, "scorer must be one of paper, released"),
+        ("compression", "inti", {"position_std": -1}, "position_std must be a number from 0"),
         ("compression", "stts", {"sigma": -1}, "sigma must be a number from 0"),
         ("compression", "stts", {"sigma": float("nan")}, "sigma must be a number from 0"),
         ("compression", "stts", {"num_samples": 0}, "num_samples must be a whole number from 1"),

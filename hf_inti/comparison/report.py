@@ -4,12 +4,24 @@ import csv
 from pathlib import Path
 from statistics import mean, stdev
 
+from scipy.stats import t
+
 from ..measure.jobs import write_json
 from ..measure.records import provenance, source_line
 from ..measure.tables import markdown_table
 
 
-HEADS = ["method", "top-1 %", "GMACs", "M params", "M trained", "forward clips/s", "training clips/s", "peak memory MB"]
+HEADS = [
+    "method",
+    "top-1 %",
+    "over the first",
+    "GMACs",
+    "M params",
+    "M trained",
+    "forward clips/s",
+    "training clips/s",
+    "peak memory MB",
+]
 
 
 def write_report(
@@ -18,19 +30,22 @@ def write_report(
     """Write comparison.json, .csv, .md and .png into `folder`.
 
     Args:
-        results: of each method the last evaluation of each seed, with `eval_top1` in [0, 1].
+        results: of each method the last evaluation of each seed, with `eval_top1` in [0, 1]; the others are compared
+            with the first, seed by seed. A baseline has one evaluation, and no measurements.
         measurements: of each method what `measure` returns.
         seeds: in the order of `results`.
         about: what was trained on what, for the line below the table.
 
     Returns the text of comparison.md.
     """
-    rows = []
+    rows, first = [], None
     for method, of_seeds in results.items():
         top1 = [result["eval_top1"] for result in of_seeds]
-        numbers = {name: value for name, value in measurements[method].items() if name != "conditions"}
+        numbers = {name: value for name, value in measurements.get(method, {}).items() if name != "conditions"}
         spread = stdev(top1) if len(top1) > 1 else None  # one seed has no spread
-        rows.append({"method": method, "top1": mean(top1), "top1_std": spread, "top1_of_seeds": top1, **numbers})
+        first = first or top1
+        row = {"method": method, "top1": mean(top1), "top1_std": spread, "top1_of_seeds": top1}
+        rows.append({**row, **paired_difference(top1, first), **numbers})
     with (folder / "comparison.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -44,25 +59,41 @@ def write_report(
     return text
 
 
+def paired_difference(top1: list[float], first: list[float]) -> dict[str, float | None]:
+    """The mean of `top1` less `first`, seed by seed, and half of its 95% interval by Student's t.
+
+    Both are None for the first method itself, and for a baseline, which has no seeds.
+    """
+    if top1 is first or len(top1) != len(first) or len(first) < 2:
+        return {"over_first": None, "over_first_interval": None}
+    differences = [a - b for a, b in zip(top1, first, strict=True)]
+    interval = t.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
+    return {"over_first": mean(differences), "over_first_interval": float(interval)}
+
+
+def percent(value: float | None, spread: float | None, sign: str = "") -> str:
+    """A share and its spread, such as 81.2 ± 0.7."""
+    if value is None:
+        return "-"
+    return f"{100 * value:{sign}.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+
+
 def markdown(rows: list[dict]) -> str:
+    """The table; what was not measured of a row is a dash."""
+    columns = {
+        "gmacs": (1, ".4g"),
+        "parameters": (1e6, ".3g"),
+        "trained_parameters": (1e6, ".3g"),
+        "forward_clips_per_second": (1, ".4g"),
+        "training_clips_per_second": (1, ".4g"),
+        "peak_memory_bytes": (1e6, ".0f"),
+    }
     lines = []
     for row in rows:
-        accuracy = f"{100 * row['top1']:.1f}"
-        if row["top1_std"] is not None:
-            accuracy += f" ± {100 * row['top1_std']:.1f}"
-        memory = row["peak_memory_bytes"]
-        lines.append(
-            [
-                row["method"],
-                accuracy,
-                f"{row['gmacs']:.4g}",
-                f"{row['parameters'] / 1e6:.3g}",
-                f"{row['trained_parameters'] / 1e6:.3g}",
-                f"{row['forward_clips_per_second']:.4g}",
-                f"{row['training_clips_per_second']:.4g}",
-                "-" if memory is None else f"{memory / 1e6:.0f}",
-            ]
-        )
+        cells = [percent(row["top1"], row["top1_std"]), percent(row["over_first"], row["over_first_interval"], "+")]
+        for name, (unit, form) in columns.items():
+            cells.append("-" if row.get(name) is None else f"{row[name] / unit:{form}}")
+        lines.append([row["method"], *cells])
     return markdown_table(HEADS, lines)
 
 
@@ -73,6 +104,7 @@ def notes(conditions: list[dict], seeds: list[int], about: str) -> str:
     return (
         f"{about}.\n"
         f"Top-1 after the last epoch, one view: mean ± standard deviation of seeds {' '.join(map(str, seeds))}.\n"
+        "Over the first method: the mean difference, seed by seed, ± half of its 95% interval (Student's t).\n"
         "GMACs: multiply-adds of one clip; norms, activations and softmax are not counted.\n"
         f"Speed: medians, the methods in turns, on random clips in batches of {' or '.join(map(str, sizes))}, on "
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}.\n"
@@ -81,27 +113,48 @@ def notes(conditions: list[dict], seeds: list[int], about: str) -> str:
 
 
 def accuracy_picture(rows: list[dict], path: Path) -> None:
-    """Draw accuracy against GMACs, bars of one standard deviation; names where nothing else is."""
+    """Draw accuracy against multiply-adds and against time, bars of one standard deviation, baselines as lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for row in rows:
-        spread = None if row["top1_std"] is None else 100 * row["top1_std"]
-        axes.errorbar(row["gmacs"], 100 * row["top1"], yerr=spread, fmt="o", capsize=3, markersize=5)
-    axes.set(xlabel="multiply-adds of a clip, G", ylabel="top-1, %")
-    axes.margins(0.15)
-    axes.grid(alpha=0.3)
+    baselines = [row for row in rows if row.get("gmacs") is None]
+    costs = {
+        "multiply-adds of a clip, G": {row["method"]: row["gmacs"] for row in rows if row.get("gmacs")},
+        "forward pass of a clip, ms": {
+            row["method"]: 1000 / row["forward_clips_per_second"] for row in rows if row.get("forward_clips_per_second")
+        },
+    }
+    costs = {label: by_method for label, by_method in costs.items() if by_method}
+    figure = Figure(figsize=(7 * len(costs), 5), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, (label, by_method) in zip(panels, costs.items(), strict=True):
+        for row in (row for row in rows if row["method"] in by_method):
+            spread = None if row["top1_std"] is None else 100 * row["top1_std"]
+            axes.errorbar(by_method[row["method"]], 100 * row["top1"], yerr=spread, fmt="o", capsize=3, markersize=5)
+        for row in baselines:
+            axes.axhline(100 * row["top1"], color="0.5", linestyle="--", linewidth=1)
+            right = (0.99, 100 * row["top1"])
+            axes.annotate(row["method"], right, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.set(xlabel=label)
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="top-1, %")
     figure.draw_without_rendering()  # settles where the axes lie
+    for axes, by_method in zip(panels, costs.values(), strict=True):
+        label_points(axes, [row for row in rows if row["method"] in by_method], by_method)
+    figure.savefig(path)
+
+
+def label_points(axes, rows: list[dict], costs: dict[str, float]) -> None:
+    """Write each method's name where nothing else is."""
     # The bars as rows of points, which names should not cover.
     heights = [[row["top1"] + step / 4 * (row["top1_std"] or 0) for step in range(-4, 5)] for row in rows]
-    places = [(row["gmacs"], 100 * y) for row, ys in zip(rows, heights, strict=True) for y in ys]
+    places = [(costs[row["method"]], 100 * y) for row, ys in zip(rows, heights, strict=True) for y in ys]
     points = axes.transData.transform(places)
     taken = []
     for row in rows:
         label = axes.annotate(
             row["method"],
-            (row["gmacs"], 100 * row["top1"]),
+            (costs[row["method"]], 100 * row["top1"]),
             xytext=(0, 0),
             textcoords="offset points",
             fontsize=8,
@@ -109,7 +162,6 @@ def accuracy_picture(rows: list[dict], path: Path) -> None:
         )
         label.set_in_layout(False)
         taken.append(place(label, points, taken, axes.bbox))
-    figure.savefig(path)
 
 
 def place(label, points, taken, inside):

@@ -29,6 +29,7 @@ from ..training.arguments import DataArguments, ModelArguments, TrainingArgument
 from ..training.cli import flags_of, parse_recipe
 from ..training.run_info import FREE_SETTINGS, describe_run, first_change, settings_of
 from ..training.setup import build_model
+from .baselines import fit_baselines
 from .report import write_report
 
 
@@ -54,6 +55,9 @@ class ComparisonArguments:
         default=None, metadata={"help": "Settings of train.py for all runs, instead of the recipe's (JSON here)."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each method is trained with each."})
+    baselines: bool = field(
+        default=False, metadata={"help": "Also ridge regression on pixels and on the tower's frame features."}
+    )
     jobs: int = field(default=1, metadata={"help": "Runs at a time; they share the processor's cores equally."})
     measure_batch_size: int | None = field(
         default=None, metadata={"help": "Clips in a batch when speed and memory are measured; default: the recipe's."}
@@ -275,7 +279,9 @@ def main(arguments: list[str]) -> int:
         print("Stopped; run the same command to continue.", file=sys.stderr)
         return 130
     results = {method: [run.result for run in runs if run.method == method] for method in args.methods}
-    _, data, training = runs[0].parsed
+    model, data, training = runs[0].parsed
+    if args.baselines:
+        results |= {name: [result] for name, result in fit_baselines(model, data, Path(args.records_dir)).items()}
     about = f"{args.recipe}, {training.epochs} epochs, trained on {data.train_dir}, evaluated on {data.eval_dir}"
     print(write_report(results, measurements, args.seeds, about, Path(args.output_dir)))
     return 0

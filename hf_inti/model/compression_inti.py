@@ -21,6 +21,7 @@ from .methods import (
     TokenState,
     Tower,
     ZeroLinear,
+    is_number,
 )
 
 
@@ -52,15 +53,16 @@ class Projection(nn.Sequential):
 class TemporalPosition(ResettableModule, nn.Module):
     """X + sigma P (Eq. 8), with sigma from 0; P (T, 1, C) is interpolated along time for other numbers of frames."""
 
-    def __init__(self, num_frames: int, width: int):
+    def __init__(self, num_frames: int, width: int, std: float):
         super().__init__()
+        self.std = std
         self.sigma = nn.Parameter(torch.empty(1))  # one element and not a scalar: FSDP2 shards no scalars
         self.P = nn.Parameter(torch.empty(num_frames, 1, width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.sigma)
-        nn.init.normal_(self.P, std=0.02)
+        nn.init.normal_(self.P, std=self.std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.sigma * at_frames(self.P, x.shape[1])
@@ -158,6 +160,8 @@ class InTI(FrameInterpolation, Optimizable):
         cube: "local_mhra" or "dwconv" (Eq. 10 to the letter).
         share_projection: one T for both frames of a pair, as Eq. 9 and 11 print it; by default each has its own, which
             the published parameter counts fit.
+        position_std: of P (Eq. 8) before training. Since sigma starts at zero it changes no output at first, but how
+            fast the position grows.
     """
 
     def __init__(
@@ -170,11 +174,12 @@ class InTI(FrameInterpolation, Optimizable):
         head: str = "softmax",
         cube: str = "local_mhra",
         share_projection: bool = False,
+        position_std: float = 0.02,
         eps: float = 1e-5,
     ):
         super().__init__()
         self.fusion, self.head = fusion, head
-        self.position = TemporalPosition(num_frames, width)
+        self.position = TemporalPosition(num_frames, width, position_std)
         self.first = Projection(width, width // 2, eps)
         self.second = None if share_projection else Projection(width, width // 2, eps)
         self.cube_context = self.frame_context = self.global_context = None
@@ -290,6 +295,7 @@ class InTICompression(Compression):
         head: str = "softmax",
         cube: str = "local_mhra",
         share_projection: bool = False,
+        position_std: float = 0.02,
     ):
         super().__init__(tower, layers)
         self.layers = list(layers)
@@ -302,6 +308,7 @@ class InTICompression(Compression):
                 head=head,
                 cube=cube,
                 share_projection=share_projection,
+                position_std=position_std,
                 eps=tower.layer_norm_eps,
             )
             for stage in range(len(layers))
@@ -322,6 +329,9 @@ class InTICompression(Compression):
             raise ValueError(
                 f"InTI option share_projection must be true or false, got {options['share_projection']!r}."
             )
+        std = options.get("position_std", 0.02)
+        if not is_number(std) or std < 0:
+            raise ValueError(f"InTI option position_std must be a number from 0, got {std!r}.")
         if tower.hidden_size % 2:
             raise ValueError(f"InTI needs an even hidden_size, got {tower.hidden_size}.")
 

@@ -1,0 +1,85 @@
+"""What no video model is needed for: ridge regression on pixels, and on the frame features of the tower.
+
+A comparison that does not beat them has not learned what the videos hold. Both see what the models see in evaluation:
+the frames of one view, resized and normalised, in their order.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.nn.functional import avg_pool2d
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import CLIPVisionModel
+
+from ..data.clips import VideoClips, collate
+from ..data.datasets import label_names_of
+from ..measure.jobs import read_json, write_json
+from ..measure.records import provenance
+from ..model.video_processing_inti_clip import InTIClipVideoProcessor
+from ..training.arguments import DataArguments, ModelArguments
+from ..training.evaluation import EvalTransform
+from ..training.setup import build_model, build_processor, load_datasets
+
+
+STRENGTHS = [10.0**n for n in range(-1, 7)]  # of the penalty, for features of variance 1; chosen by leave-one-out
+SIDE = 16  # pixels of the grey frames
+BASELINES = {"Ridge, pixels": "pixels", "Ridge, frame features": "features"}
+
+
+def grey_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Clips (B, T, 3, H, W) -> small grey frames side by side, (B, T * h * w)."""
+    grey = pixel_values.mean(dim=2)
+    return avg_pool2d(grey, max(1, min(grey.shape[-2:]) // SIDE)).flatten(1)
+
+
+@torch.no_grad()
+def frame_features(pixel_values: torch.Tensor, tower: CLIPVisionModel) -> torch.Tensor:
+    """Clips (B, T, 3, H, W) -> the tower's features of their frames side by side, (B, T * D)."""
+    return tower(pixel_values.flatten(0, 1)).pooler_output.unflatten(0, pixel_values.shape[:2]).flatten(1)
+
+
+def fit_baselines(model: ModelArguments, data: DataArguments, folder: Path) -> dict[str, dict]:
+    """The last evaluation of each baseline, by its name; kept in `folder`/baselines.json, and read from there.
+
+    `model` names the tower and the number of frames. Broken videos are left out of the training and wrong in the
+    evaluation.
+    """
+    path = folder / "baselines.json"
+    if not path.exists():
+        train_set, eval_set = load_datasets(data, Accelerator())
+        config = build_model(model, label_names_of(train_set)).config
+        processor = build_processor(model.model, config, data)
+        tower = CLIPVisionModel.from_pretrained(model.model).eval()
+        train, test = (read_views(split, processor, tower) for split in (train_set, eval_set))
+        top1 = {name: ridge_accuracy(name, train, test) for name in BASELINES}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"top1": top1, "num_videos": len(test["labels"]), **provenance()})
+    return {name: {"eval_top1": top1} for name, top1 in read_json(path)["top1"].items()}
+
+
+def read_views(dataset: Dataset, processor: InTIClipVideoProcessor, tower: CLIPVisionModel) -> dict[str, torch.Tensor]:
+    """`pixels` (N, T * h * w), `features` (N, T * D), `labels` and `ok` (N,) of all videos, one view each."""
+    clips = VideoClips(dataset, EvalTransform(processor), on_bad_video="keep")
+    parts = []
+    for batch in tqdm(
+        DataLoader(clips, batch_size=16, collate_fn=collate), desc="Baselines", unit="batch", leave=False
+    ):
+        views = batch["pixel_values"][:, 0]
+        found = {"pixels": grey_pixels(views), "features": frame_features(views, tower)}
+        parts.append({**found, "labels": batch["labels"], "ok": batch["ok"]})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def ridge_accuracy(name: str, train: dict[str, torch.Tensor], test: dict[str, torch.Tensor]) -> float:
+    """The share of test videos that ridge regression classifies rightly."""
+    columns, ok = BASELINES[name], train["ok"]
+    ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=STRENGTHS))
+    ridge.fit(train[columns][ok].numpy(), train["labels"][ok].numpy())
+    right = torch.from_numpy(ridge.predict(test[columns].numpy())) == test["labels"]
+    return (right & test["ok"]).double().mean().item()
