@@ -669,7 +669,7 @@ def test_wrong_settings_read_well(train, run, tmp_path, data, tower):
         ),
         (train(out, "--epoch", "3"), "got 'epoch'; did you mean 'epochs'?"),
         (train(out, "--epochs", "three"), "argument --epochs: invalid int value: 'three'"),
-        (train(out, "--train_dir", str(empty)), "no videos found in class folders"),
+        (train(out, "--train_dir", str(empty)), "must hold videos in class folders"),
         (train(out, "--train_dir", str(tmp_path / "absent")), "no such file or folder"),
         (train(out, "--num_frames", "5"), "must be a multiple of 2 for this compression and adaptation, got 5;"),
         (train(out, "--compression_layers", "2", "1"), "[2, 1]"),

@@ -98,7 +98,7 @@ def test_folder_splits_share_their_numbering(tmp_path):
     assert rows(load_video_dataset(tmp_path), tmp_path) == {"train/a/1.mp4": "a", "train/b/2.mp4": "b"}
     assert rows(validation, tmp_path) == {"validation/b/3.mp4": "b"}
     assert validation[0]["label"] == 1
-    with pytest.raises(ValueError, match=r"wanted split 'test', got \['train', 'validation'\]"):
+    with pytest.raises(ValueError, match=r"split must be one of \['train', 'validation'\] for .*, got 'test'"):
         load_video_dataset(tmp_path, split="test")
 
 
@@ -113,13 +113,13 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_folder_with_given_names(tmp_path):
     touch(tmp_path / "a" / "1.mp4", tmp_path / "b" / "2.mp4")
     assert load_video_dataset(tmp_path, label_names=["c", "b", "a"])["label"][:] == [2, 1]
-    with pytest.raises(ValueError, match=r"\['b'\] are not among the 2 classes"):
+    with pytest.raises(ValueError, match=r"labels must be among the 2 classes .*, got \['b'\];"):
         load_video_dataset(tmp_path, label_names=["a", "c"])
 
 
 def test_folder_without_videos_says_what_was_looked_for(tmp_path):
     touch(tmp_path / "a" / "notes.txt")
-    with pytest.raises(ValueError, match=r"no videos found.*<class>/\*\*/\*\.\(mp4\|webm") as error:
+    with pytest.raises(ValueError, match=r"must hold videos in .*<class>/\*\*/\*\.\(mp4\|webm.*, got none") as error:
         load_video_dataset(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
@@ -134,7 +134,7 @@ def test_kinetics(tmp_path):
         "x_y_000120_000130.mp4": "yoga",
         "gone_000000_000010.mp4": "yoga",
     }
-    with pytest.raises(ValueError, match="video_root") as error:
+    with pytest.raises(ValueError, match="video_root must hold the listed videos") as error:
         load_video_dataset(path)
     assert "-abc_000007_000017.mp4 and " in str(error.value)
 
@@ -144,7 +144,7 @@ def test_kinetics_file_of_several_splits(tmp_path):
     path.write_text("label,youtube_id,time_start,time_end,split\na,u,0,10,train\nb,v,0,10,validate\n")
     touch(tmp_path / "u_000000_000010.mp4", tmp_path / "v_000000_000010.mp4")
     assert rows(load_video_dataset(path, split="validation"), tmp_path) == {"v_000000_000010.mp4": "b"}
-    with pytest.raises(ValueError, match="wanted split 'test'"):
+    with pytest.raises(ValueError, match="split must be one of .*, got 'test'"):
         load_video_dataset(path, split="test")
 
 
@@ -164,7 +164,7 @@ def test_plain_list_of_indices(tmp_path, separator):
         "y",
         "z",
     ]
-    with pytest.raises(ValueError, match=r"labels \[2\] are not among the 2 classes"):
+    with pytest.raises(ValueError, match=r"labels must be among the 2 classes .*, got \[2\];"):
         load_video_dataset(tmp_path / "list.txt", label_names=["x", "y"])
 
 
@@ -221,16 +221,16 @@ def test_a_mark_before_the_text_of_other_lists(tmp_path):
     ("name", "text", "message"),
     [
         # as names, these would come out as 0: "-1", 1: "10", 2: "2"
-        ("list.txt", "1.mp4 10\n1.mp4 -1\n1.mp4 2\n", r"labels \[-1\] are not among the 11 classes.*leave these"),
-        ("list.csv", "video,label\n1.mp4\n", "wanted a path and a label, got '1.mp4' and None"),
-        ("list.csv", "video,label\n1.mp4,\n", "wanted a path and a label, got '1.mp4' and ''"),
-        ("list.csv", "video,label\n,3\n", "wanted a path and a label, got '' and '3'"),
-        ("list.csv", "video,label\n", "empty below its header"),
+        ("list.txt", "1.mp4 10\n1.mp4 -1\n1.mp4 2\n", r"must be among the 11 classes .*, got \[-1\];.*leave these"),
+        ("list.csv", "video,label\n1.mp4\n", "list.csv must give a path and a label .*, got '1.mp4' and None"),
+        ("list.csv", "video,label\n1.mp4,\n", "list.csv must give a path and a label .*, got '1.mp4' and ''"),
+        ("list.csv", "video,label\n,3\n", "list.csv must give a path and a label .*, got '' and '3'"),
+        ("list.csv", "video,label\n", "list.csv must hold one video per line below its header, got none"),
         ("list.json", '[{"video": "1.mp4", "label": 1}, {"video": "1.mp4"}]', "got '1.mp4' and None"),
-        ("list.json", "video", "list.json: wanted json, got what is none"),
-        ("list.csv", b"video,label\n1.mp4,\xe9p\xe9e\n", "list.csv: .*save it as UTF-8"),
-        ("k.csv", "label,youtube_id,time_start,time_end\nyoga,u\n", "k.csv: wanted seconds as time_start"),
-        ("yoga_test_split1.txt", "1.mp4\n", "wanted lines 'name 0', .*got '1.mp4'"),
+        ("list.json", "video", r"list.json must be valid JSON, got a syntax error \(.*line 1"),
+        ("list.csv", b"video,label\n1.mp4,\xe9p\xe9e\n", "list.csv must be .* in UTF-8, .*save it as UTF-8"),
+        ("k.csv", "label,youtube_id,time_start,time_end\nyoga,u\n", "k.csv must give time_start and .* in seconds"),
+        ("yoga_test_split1.txt", "1.mp4\n", "must hold lines 'name 0', .*got '1.mp4'"),
     ],
 )
 def test_lists_that_are_not_what_they_should_be(tmp_path, name, text, message):
@@ -265,7 +265,7 @@ def test_ssv2(tmp_path):
     labels = {"Pushing something": "0", "Holding something next to something": "1", "Throwing something": "2"}
     touch(tmp_path / "v" / "0.webm", tmp_path / "v" / "20bn-something-something-v2" / "1.webm")
     source = tmp_path / "something-something-v2-train.json"
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match=r"must have one \*labels\*.json in its folder"):
         load_video_dataset(source, video_root=tmp_path / "v")
     (tmp_path / "something-something-v2-labels.json").write_text(json.dumps(labels))
     dataset = load_video_dataset(source, video_root=tmp_path / "v")
@@ -342,7 +342,7 @@ def test_webdataset(tmp_path, extension, streaming):
         assert set(found[0]) == {"video", "label"}
         assert found[4]["video"]["path"].endswith(f"0004.{extension}")
         assert abs(decode(found[4]["video"])[0].float().mean() - 40) < 4
-    with pytest.raises(ValueError, match="no tar shard .*s-002"):
+    with pytest.raises(ValueError, match="must name existing tar shards, got .*s-002"):
         load_video_dataset(tmp_path / "w" / "s-{000..002}.tar")
 
 
@@ -357,8 +357,9 @@ def test_webdataset_in_a_folder_that_looks_like_a_pattern(tmp_path, streaming):
 @pytest.mark.parametrize("content", [b"", b"no tar file" * 1000])
 def test_webdataset_that_is_none(tmp_path, content):
     (tmp_path / "s.tar").write_bytes(content)
-    with pytest.raises(ValueError, match="s.tar: the first shard is no tar file"):
+    with pytest.raises(ValueError, match="the first shard of .*s.tar must be a tar file, got: ") as error:
         load_video_dataset(tmp_path / "s.tar")
+    assert "\n" not in str(error.value)
 
 
 def test_webdataset_with_names_in_json(tmp_path):
@@ -377,13 +378,13 @@ def test_webdataset_beside_a_file_of_a_videos_name(tmp_path, monkeypatch, stream
     write_shards(tmp_path / "w")
     make_video(tmp_path / "0004.mp4", level=200)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="file with the name of a video .*start from another directory"):
+    with pytest.raises(ValueError, match="no file with the name of a video .*start from another directory"):
         list(load_video_dataset(tmp_path / "w", streaming=streaming, cache_dir=str(tmp_path / "cache")))
 
 
 def test_webdataset_without_labels(tmp_path):
     write_shards(tmp_path / "w", label=lambda i: ("txt", b"-1"))
-    with pytest.raises(ValueError, match=r"labels \[-1\] are not among"):
+    with pytest.raises(ValueError, match=r"labels must be among .*, got \[-1\];"):
         load_video_dataset(tmp_path / "w", cache_dir=str(tmp_path))
 
 
@@ -427,10 +428,10 @@ def test_streaming_a_folder_gives_the_same_rows(tmp_path):
 
 def test_unclear_and_unknown_sources(tmp_path):
     touch(tmp_path / "both" / "a" / "1.mp4", tmp_path / "both" / "s.tar")
-    with pytest.raises(ValueError, match="could be webdataset or folder.*layout=.*kinetics"):
+    with pytest.raises(ValueError, match="must fit one layout, got webdataset and folder;.*layout=.*kinetics"):
         load_video_dataset(tmp_path / "both")
     assert len(load_video_dataset(tmp_path / "both", layout="folder")) == 1
-    with pytest.raises(ValueError, match="layout 'foldr' is unknown.*folder"):
+    with pytest.raises(ValueError, match="layout must be auto or one of folder, .*got 'foldr'"):
         load_video_dataset(tmp_path / "both", layout="foldr")
     for layout in ("auto", "folder", "list", "ucf101"):
         with pytest.raises(ValueError, match="no such file or folder"):
@@ -611,7 +612,7 @@ def test_keep_marks_the_broken_one(folder):
 def test_all_broken(tmp_path):
     touch(tmp_path / "a" / "1.mp4", tmp_path / "a" / "2.mp4")
     dataset = load_video_dataset(tmp_path)
-    with pytest.raises(VideoDecodingError, match="no other of .* videos"):
+    with pytest.raises(VideoDecodingError, match="; 100 videos in a row could not be decoded"):
         VideoClips(dataset, transform, on_bad_video="skip")[0]
     assert not VideoClips(dataset, WithBlank(), on_bad_video="keep")[0]["ok"]  # nothing stops an evaluation
 
@@ -677,10 +678,10 @@ def test_streams_shuffle_anew_each_epoch(folder):
 
 def test_a_stream_of_broken_videos_is_an_error(tmp_path, monkeypatch):
     touch(*(tmp_path / "a" / f"{i}.mp4" for i in range(5)))
-    with pytest.raises(VideoDecodingError, match="of 5 videos"):
+    with pytest.raises(VideoDecodingError, match="; 5 videos in a row could not be decoded"):
         streamed(tmp_path)
     monkeypatch.setattr(clips_module, "MAX_DRAWS", 3)
-    with pytest.raises(VideoDecodingError, match="of 3 videos"):
+    with pytest.raises(VideoDecodingError, match="; 3 videos in a row could not be decoded"):
         streamed(tmp_path)
 
 

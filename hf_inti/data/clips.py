@@ -1,8 +1,7 @@
 """The clips that a model is trained and tested on: decoding, seeding and batching of a dataset's videos.
 
-`VideoClips` and `StreamingVideoClips` decode and augment by the caller's `transform(video, generator) ->
-dict of tensors`; `video` is the dict of the row, or all its frames, uint8 (T, 3, h, w), if the dataset
-comes from `cache_frames`.
+`VideoClips` and `StreamingVideoClips` decode and augment with the caller's `transform(video, generator) ->
+dict of tensors`; `video` is the row's dict or, for a dataset from `cache_frames`, all frames as uint8 (T, 3, h, w).
 """
 
 import functools
@@ -26,19 +25,26 @@ from ..model.video_decoding import VideoDecodingError
 
 logger = logging.getLogger(__name__)
 
-MAX_DRAWS = 100  # so many broken videos in a row are no accident
+MAX_DRAWS = 100  # this many broken videos in a row is a systematic problem
 BAD_VIDEO_MODES = ("skip", "error", "keep")
 
 
 def stable_hash(text: str) -> int:
-    """63 bits, the same in every process and run (Python's own hash is not)."""
+    """A hash of 63 bits, the same in every process and run (unlike Python's own)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class _Clips:
-    """What map-style and streamed clips share: seeding, decoding of one row, the form of an item."""
+    """What map-style and streamed clips share: seeding and the decoding of one row."""
 
-    def __init__(self, dataset, transform: Callable, seed: int, repeats: int, with_label: bool):
+    def __init__(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        transform: Callable[..., dict],
+        seed: int,
+        repeats: int,
+        with_label: bool,
+    ):
         if repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {repeats}.")
         self.dataset, self.transform = dataset, transform
@@ -47,7 +53,7 @@ class _Clips:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Call before each epoch: augmentation is a function of (seed, epoch, item, repeat) alone."""
+        """Call before each epoch: augmentation depends only on (seed, epoch, item, repeat)."""
         self._epoch.fill_(epoch)
 
     def _generators(self, item: int) -> list[torch.Generator]:
@@ -64,7 +70,7 @@ class _Clips:
         return {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}, torch.tensor(labels)
 
 
-def _item(tensors: dict, labels, index: int, row: dict, ok: bool, bad: dict[str, str]) -> dict:
+def _item(tensors: dict, labels: int | torch.Tensor, index: int, row: dict, ok: bool, bad: dict[str, str]) -> dict:
     return {**tensors, "labels": labels, "index": index, "video_id": _name(row, index), "ok": ok, "bad": bad}
 
 
@@ -86,13 +92,13 @@ def _read_video(row: dict) -> dict | torch.Tensor:
 
 
 def _reason(row: dict, index: int, error: VideoDecodingError) -> str:
-    """Why a video is broken, without its name."""
+    """The reason why a video is broken, without the video's name."""
     return str(error).removeprefix(f"{_name(row, index)}: ").removeprefix("<bytes>: ")
 
 
 def _all_broken(bad: dict[str, str], tries: int) -> VideoDecodingError:
     name, reason = next(iter(bad.items()))
-    return VideoDecodingError(f"{name}: {reason}; and no other of {tries} videos tried in a row decodes")
+    return VideoDecodingError(f"{name}: {reason}; {tries} videos in a row could not be decoded")
 
 
 class VideoClips(_Clips, torch.utils.data.Dataset):
@@ -103,18 +109,18 @@ class VideoClips(_Clips, torch.utils.data.Dataset):
     video is sampled R times: tensors get a leading R, `labels` is (R,). `with_label=True` calls
     `transform(video, generator, label)`, which may return a new scalar "labels", for flips that change the class.
 
-    A broken video is one that raises VideoDecodingError; `on_bad_video` says what follows:
-    - "skip": another video, drawn from the item's generator, replaces it, and `bad` names it (training);
+    A broken video is one that raises VideoDecodingError; `on_bad_video` decides what happens then:
+    - "skip": another video, drawn with the item's generator, replaces it, and `bad` names it (training);
     - "error": the error is raised;
-    - "keep": the item is `ok=False`, with the tensors of `transform.blank()`; count it as wrong (evaluation).
+    - "keep": the item has `ok=False` and the tensors of `transform.blank()`; count it as wrong (evaluation).
 
-    Raises VideoDecodingError when MAX_DRAWS videos in a row are broken.
+    Raises ValueError for options outside their range, and VideoDecodingError when MAX_DRAWS videos in a row are broken.
     """
 
     def __init__(
         self,
         dataset: datasets.Dataset,
-        transform: Callable,
+        transform: Callable[..., dict],
         *,
         seed: int = 0,
         repeats: int = 1,
@@ -149,18 +155,19 @@ class VideoClips(_Clips, torch.utils.data.Dataset):
 
 
 class StreamingVideoClips(_Clips, torch.utils.data.IterableDataset):
-    """VideoClips' items from a streamed dataset; broken videos are left out, named in a neighbour's `bad`.
+    """VideoClips' items from a streamed dataset; broken videos are left out and named in the `bad` of another item.
 
-    Process `rank` of `world_size` reads its own part, and each DataLoader worker its own part of that (useful up to as
-    many workers as shards). `shuffle_buffer` rows are shuffled, differently in each epoch. A stream has no row numbers:
-    `index` is a hash of `video_id`, and with (seed, epoch, repeat) it seeds the augmentation, which therefore does not
-    depend on workers or processes. Raises VideoDecodingError when MAX_DRAWS videos in a row are broken.
+    Process `rank` of `world_size` reads its own part, and each DataLoader worker its own part of that (workers beyond
+    the number of shards are idle). Rows are shuffled within a buffer of `shuffle_buffer`, differently in each epoch.
+    A stream has no row numbers: `index` is a hash of `video_id`, and with (seed, epoch, repeat) it seeds the
+    augmentation, which therefore does not depend on workers or processes. Raises VideoDecodingError when MAX_DRAWS
+    videos in a row are broken.
     """
 
     def __init__(
         self,
         dataset: datasets.IterableDataset,
-        transform: Callable,
+        transform: Callable[..., dict],
         *,
         seed: int = 0,
         repeats: int = 1,
@@ -181,7 +188,7 @@ class StreamingVideoClips(_Clips, torch.utils.data.IterableDataset):
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
-        bad, tries, waiting = {}, 0, None  # one item waits, so that broken videos at the end have a neighbour
+        bad, tries, waiting = {}, 0, None  # holds one item back, to report broken videos at the end
         for position, row in enumerate(self.dataset):
             name = _name(row, position)
             index = stable_hash(name)
@@ -202,13 +209,13 @@ class StreamingVideoClips(_Clips, torch.utils.data.IterableDataset):
             yield waiting
         elif bad and self.world_size == 1 and get_worker_info() is None:
             raise _all_broken(bad, tries)
-        elif bad:  # a small share may well have no other video
+        elif bad:  # a small share may have no other video
             logger.warning("all videos of one worker's share are broken: %s", "; ".join(bad))
 
 
 def collate(items: list[dict]) -> dict:
     """A batch of VideoClips' items: tensors (B, ...), `labels`, `index` (B,) int64, `ok` (B,) bool, `video_ids` a list,
-    `bad` name to reason. Repeats are clips of their own: B = items x repeats.
+    `bad` name to reason. Each repeat is a clip of its own: B = items x repeats.
     """
     repeats = [item["labels"].numel() if torch.is_tensor(item["labels"]) else 1 for item in items]
     batch = {}
@@ -231,28 +238,32 @@ class BadVideos:
         self.reasons: dict[str, str] = {}
 
     def add(self, bad: dict[str, str]) -> None:
-        """Add a batch's `bad`; a video that is known keeps its first reason."""
+        """Add a batch's `bad`; a video that is already known keeps its first reason."""
         self.reasons = {**bad, **self.reasons}
 
     def __len__(self) -> int:
         return len(self.reasons)
 
     def report(self) -> str:
-        """Their number and the first 20 by name with reasons, one line each."""
+        """Their number, then the first 20 by name with their reasons, one per line."""
         lines = [f"{name}: {reason}" for name, reason in sorted(self.reasons.items())]
         more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
         return "\n".join([f"{len(lines)} broken videos", *lines[:20], *more])
 
     def to_json(self) -> str:
+        """Their number and all names with reasons: {"count": n, "videos": {name: reason}}."""
         return json.dumps({"count": len(self), "videos": self.reasons}, indent=2, sort_keys=True)
 
 
-def cache_frames(dataset: datasets.Dataset, decode: Callable, num_proc: int | None = None) -> datasets.Dataset:
+def cache_frames(
+    dataset: datasets.Dataset, decode: Callable[[dict], torch.Tensor], num_proc: int | None = None
+) -> datasets.Dataset:
     """The dataset with all videos decoded once, into an Arrow file in datasets' cache: for small datasets.
 
-    `decode(video) -> uint8 (T, 3, h, w)`; VideoClips then gives those frames to its transform. The cache is keyed by
-    the dataset, `decode` (with its state) and the videos' sizes and times: any change decodes everything again. Broken
-    videos stay broken: their VideoDecodingError is raised on access. With several processes, let one run this first.
+    `decode(video) -> uint8 (T, 3, h, w)`; VideoClips then passes those frames to its transform. The cache is keyed by
+    the dataset, `decode` (with its state) and the files' sizes and modification times: any change decodes everything
+    again. Broken videos stay broken: their VideoDecodingError is raised on access. With several processes, let one run
+    this first.
     """
     paths = pc.struct_field(dataset.with_format("arrow")["video"][:], "path").to_pylist()
     stats = [os.stat(path) if path and os.path.isfile(path) else None for path in paths]
@@ -279,7 +290,7 @@ def cache_frames(dataset: datasets.Dataset, decode: Callable, num_proc: int | No
     )
 
 
-def _decode_row(row: dict, decode: Callable) -> dict:
+def _decode_row(row: dict, decode: Callable[[dict], torch.Tensor]) -> dict:
     path = row["video"]["path"]
     try:
         frames = decode(_read_video(row)).contiguous()
