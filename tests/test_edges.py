@@ -1,7 +1,9 @@
 """Edges that a mutation of the code moved without any other test noticing: bounds, defaults, the first and the last."""
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -11,12 +13,13 @@ from hf_inti.model.adaptation_aim import AIM
 from hf_inti.model.adaptation_st_adapter import STAdapter
 from hf_inti.model.adaptation_uniformerv2 import UniFormerV2
 from hf_inti.model.adaptation_zeroi2v import head_groups
-from hf_inti.model.compression_sta import PRIME, STA, draw_for, scramble, semantic_importance
+from hf_inti.model.compression_inti import InTI, LocalMHRA
+from hf_inti.model.compression_sta import PRIME, STA, draw_for, prune, scramble, semantic_importance
 from hf_inti.model.compression_stts import STTS
 from hf_inti.model.compression_tome import ToMe, bipartite_soft_matching, kth_bipartite_soft_matching, merge, r_schedule
-from hf_inti.model.fast_paths import fused_linear, pack_parameters
+from hf_inti.model.fast_paths import Optimizable, fused_linear, has_hooks, pack_parameters
 from hf_inti.model.methods import block_rate, check_frames, is_count, is_number
-from hf_inti.model.video_processing_inti_clip import crop
+from hf_inti.model.video_processing_inti_clip import crop, sample_indices
 
 
 @pytest.fixture
@@ -314,3 +317,145 @@ def test_three_clips_of_three_crops_are_nine_views():
     sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     processor = InTIClipVideoProcessor(num_frames=2, num_clips=3, num_crops=3, **sizes)
     assert processor(clip).pixel_values.shape == (1, 9, 2, 3, 8, 8)
+
+
+# Defaults, and what only a less usual option reaches.
+
+
+def test_defaults_of_modules_built_from_a_configuration(tiny_config, tower):
+    stages = InTIClipVisionModel(tiny_config()).compression.stages
+    assert all(stage.second is not None and stage.frame_context.second is not None for stage in stages)
+    assert STAdapter(tower).pre_attention is None
+    with pytest.raises(ValueError, match="global_layers must be a number of blocks"):
+        UniFormerV2.check_options(tower, global_layers=2.5)
+    assert InTIClipVisionConfig(**{**TINY, "patch_size": 1}, compression="none").tower.num_patches == 1024
+    assert InTIClipVisionModel(tiny_config())(torch.randn(1, 8, 3, 32, 32)).token_source is None
+
+
+def test_optimised_interpolation_with_sigmoids():
+    torch.manual_seed(0)
+    module = InTI(12, 4, head="sigmoid").eval()
+    nn.init.normal_(module.logits.weight)
+    x = torch.randn(2, 4, 7, 12)
+    with torch.no_grad():
+        wanted, weights = module(x, (2, 3))
+        for part in module.modules():
+            if isinstance(part, Optimizable):
+                part.optimize()
+        got, fast_weights = module(x, (2, 3))
+    assert (weights.sum(dim=-1) - 1).abs().max() > 0.1
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(fast_weights, weights)
+
+
+def test_hooks_and_patched_forwards_are_noticed():
+    for change in (
+        lambda module: module.register_forward_hook(lambda *args: None),
+        lambda module: module.register_forward_pre_hook(lambda *args: None),
+        lambda module: setattr(module, "forward", module.forward),
+    ):
+        module = nn.Linear(2, 2)
+        assert not has_hooks(module)
+        change(module)
+        assert has_hooks(module)
+
+
+def test_hooks_inside_an_optimised_cube_are_called():
+    cube, seen = LocalMHRA(12, 1e-5).eval(), []
+    cube.optimize()
+    cube.unit2.register_forward_hook(lambda *args: seen.append(1))
+    with torch.no_grad():
+        cube(torch.randn(1, 2, 2, 3, 12))
+    assert seen
+
+
+@pytest.mark.parametrize("kernel_size", [[3, 5, 1], [2, 1, 5], [3, 3, 5]])
+def test_wide_kernels_of_conv_pooling_keep_the_grid(tiny_config, kernel_size):
+    options = {"compression": "conv_pooling", "compression_options": {"kernel_size": kernel_size}}
+    model = InTIClipVisionModel(tiny_config(compression_layers=[1], **options)).eval()
+    x = torch.randn(1, 4, 3, 32, 32)
+    with torch.no_grad():
+        pooled = model(x).last_hidden_state
+        mean = InTIClipVisionModel(tiny_config(compression="linear_pooling", compression_layers=[1])).eval()
+        mean.load_state_dict(model.state_dict(), strict=False)
+        torch.testing.assert_close(pooled, mean(x).last_hidden_state)  # both start as the mean of each pair
+
+
+def test_sta_on_its_own_bounds():
+    x, metric = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 6)
+    assert prune(x, metric, 0).shape == (2, 3, 4)
+    assert prune(x, metric, 3).shape == (2, 3, 1)
+    for r in (-1, 4):
+        with pytest.raises(ValueError, match="leave a token"):
+            prune(x, metric, r)
+
+
+def test_source_of_tokens_that_were_dropped_is_minus_one(tiny_config):
+    model = InTIClipVisionModel(tiny_config(compression="sta", compression_options={"r": 4})).eval()
+    source = model(torch.randn(1, 4, 3, 32, 32), output_token_source=True).token_source
+    for frame in source[0].tolist():
+        assert sorted(frame) == [-1] * 7 + list(range(10))
+
+
+def test_stts_counts_what_squares_leave(tower):
+    STTS.check_options(tower._replace(num_patches=196), temporal=[], spatial=[[1, 0.5], [2, 0.2], [3, 0.1]])
+    with pytest.raises(ValueError, match="at least one of 9 patches"):  # 16 * 0.6 = 9.6 are 3 x 3
+        STTS.check_options(tower, temporal=[], spatial=[[1, 0.6], [2, 0.1]])
+
+
+def test_every_kth_token_leaves_none_unmerged():
+    matching = kth_bipartite_soft_matching(torch.randn(2, 6, 5), 3)
+    assert matching.unm_idx.shape == (2, 0)
+    assert matching.src_idx.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_messages_name_what_they_are_about(tiny_config, tmp_path):
+    with pytest.raises(ValueError, match="from InTIClipVisionConfig;"):
+        InTIClipVisionConfig.from_clip(tiny_config())
+    model = InTIClipForVideoClassification(tiny_config(compression="none", adaptation="aim"))
+    model.save_trained_only(tmp_path)
+    weights = load_file(tmp_path / "trained.safetensors")
+    name = next(iter(weights))
+    weights[name] = torch.zeros(1, 2, 3, 4, 5)
+    save_file(weights, tmp_path / "trained.safetensors")
+    with pytest.raises(ValueError, match=f"as at {name}"):
+        model.load_trained_only(tmp_path)
+
+
+def test_flex_attention_is_not_offered(tiny_config):
+    with pytest.raises((ValueError, ImportError)):
+        InTIClipVisionModel._from_config(tiny_config(), attn_implementation="flex_attention")
+
+
+def test_layout_optimisation_of_inductor_is_off(tiny_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *args, **kwargs: seen.append(kwargs))
+    InTIClipVisionModel(tiny_config()).compile()
+    assert seen == [{"options": {"layout_optimization": False}}]
+
+
+def test_two_classes_have_labels_zero_and_one(tiny_config):
+    model = InTIClipForVideoClassification(tiny_config(num_labels=2))
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        model(torch.randn(1, 8, 3, 32, 32), labels=torch.tensor([2]))
+
+
+def test_dense_clips_of_short_videos_start_at_the_first_frame():
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        assert sample_indices(4, num_frames=2, sampling="dense", frame_stride=2, generator=generator) == [0, 2]
+
+
+def test_one_number_is_the_short_side():
+    frames = torch.zeros(2, 3, 8, 16, dtype=torch.uint8)
+    processor = InTIClipVideoProcessor(num_frames=2)
+    assert processor(frames, size=4, do_center_crop=False).pixel_values.shape[-2:] == (4, 8)
+
+
+def test_frames_without_a_clear_channel_axis():
+    processor = InTIClipVideoProcessor(num_frames=1)
+    for shape in ((1, 3, 8, 3), (1, 1, 8, 4), (1, 5, 8, 6)):
+        with pytest.raises(ValueError, match="must be either"):
+            processor(list(np.zeros(shape, dtype=np.uint8)))
+    with pytest.raises(ValueError, match=r"float frames must lie in \[0, 1\], got \[0, 1.5\]"):
+        processor([np.linspace(0, 1.5, 192, dtype=np.float32).reshape(8, 8, 3)])
