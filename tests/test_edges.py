@@ -13,11 +13,11 @@ from hf_inti.model.adaptation_aim import AIM
 from hf_inti.model.adaptation_st_adapter import STAdapter
 from hf_inti.model.adaptation_uniformerv2 import UniFormerV2
 from hf_inti.model.adaptation_zeroi2v import head_groups
-from hf_inti.model.compression_inti import InTI, LocalMHRA
+from hf_inti.model.compression_inti import InTI, InTICompression, LocalMHRA
 from hf_inti.model.compression_sta import PRIME, STA, draw_for, prune, scramble, semantic_importance
 from hf_inti.model.compression_stts import STTS
 from hf_inti.model.compression_tome import ToMe, bipartite_soft_matching, kth_bipartite_soft_matching, merge, r_schedule
-from hf_inti.model.fast_paths import Optimizable, fused_linear, has_hooks, pack_parameters
+from hf_inti.model.fast_paths import Optimizable, fused_linear, has_hooks, pack_parameters, packed_view
 from hf_inti.model.methods import block_rate, check_frames, is_count, is_number
 from hf_inti.model.video_processing_inti_clip import crop, sample_indices
 
@@ -459,3 +459,54 @@ def test_frames_without_a_clear_channel_axis():
             processor(list(np.zeros(shape, dtype=np.uint8)))
     with pytest.raises(ValueError, match=r"float frames must lie in \[0, 1\], got \[0, 1.5\]"):
         processor([np.linspace(0, 1.5, 192, dtype=np.float32).reshape(8, 8, 3)])
+
+
+def test_published_preset_reads_the_last_four_blocks(tower):
+    assert list(UniFormerV2(tower._replace(num_hidden_layers=12)).layers) == [9, 10, 11, 12]
+    UniFormerV2.check_options(tower, reduction=1)
+    UniFormerV2.check_options(tower, reduction=0.5)
+    for reduction in (0, -1, True, tower.hidden_size + 1):
+        with pytest.raises(ValueError, match="reduction"):
+            UniFormerV2.check_options(tower, reduction=reduction)
+
+
+def test_positions_of_a_compression_are_whole_numbers(tiny_config):
+    tower = tiny_config().tower
+    InTICompression.check_options(tower, position_std=0)
+    InTICompression.check_layers(tower, [0, 4])
+    for layers in ([True], [1.0], [-1], [5], [2, 1], [1, 1]):
+        with pytest.raises(ValueError, match="compression_layers must"):
+            InTICompression.check_layers(tower, layers)
+    for compression in ("tome", "sta", "stts", "none"):  # have positions of their own
+        assert tiny_config(compression=compression, compression_layers=[99], num_frames=7).frame_multiple == 1
+
+
+def test_only_packed_tensors_of_one_type_have_a_view():
+    storage = torch.arange(24.0)
+    first, second = storage[:6].view(2, 3), storage[6:12].view(2, 3)
+    assert torch.equal(packed_view([first, second]), torch.cat([first, second]))
+    assert packed_view([first, storage.view(torch.int32)[6:12].view(2, 3)]) is None
+    assert packed_view([first, storage.as_strided((2, 3), (1, 4), 6)]) is None  # columns first
+    assert packed_view([first, storage[7:13].view(2, 3)]) is None
+
+
+def test_labels_of_a_regression_are_not_classes(tiny_config):
+    model = InTIClipForVideoClassification(tiny_config(num_labels=1))
+    model._check_labels(torch.tensor([5]))
+
+
+def test_source_is_unknown_where_squares_are_kept(tiny_config):
+    options = {"compression": "stts", "compression_options": {"temporal": [], "spatial": [[1, 0.6]]}}
+    model = InTIClipVisionModel(tiny_config(**options)).eval()
+    assert model(torch.randn(1, 4, 3, 32, 32), output_token_source=True).token_source is None
+
+
+def test_options_of_the_processor_at_their_edges():
+    frames = [np.linspace(0, 1, 192, dtype=np.float32).reshape(8, 8, 3)]  # from 0 to 1
+    processor = InTIClipVideoProcessor(num_frames=1, size=8, crop_size=8)
+    plain = processor(frames).pixel_values
+    assert torch.equal(processor(frames, _private=1).pixel_values, plain)
+    with pytest.raises(ValueError, match="do_pad must be False, got True"):
+        processor(frames, do_pad=True)
+    with pytest.raises(TypeError):
+        sample_indices(4, 2)
