@@ -10,6 +10,7 @@
 #   TORCH_INDEX  where pip gets torch; https://download.pytorch.org/whl/cpu avoids CUDA on machines without a GPU
 #   SEED         of the demo's videos and weights
 #   RECORD       the file that the demo's accuracies are added to
+#   AGAIN        --again: make mutants tries survivors again
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -64,7 +65,7 @@ benchmark: .venv/installed
 
 mutants: .venv/installed
 	$(PIP) -e ".[test,mutants]"
-	$(RUN) tests/mutation/run.py
+	$(RUN) tests/mutation/run.py $(AGAIN)
 
 lint: .venv/installed
 	$(RUN) -m ruff check .

@@ -1,6 +1,6 @@
 """Run the mutants of a Cosmic Ray session, each against the tests that cover its line.
 
-    make mutants
+    make mutants [AGAIN=--again]
 
 Cosmic Ray makes the mutants and keeps the results (results/mutants/session.sqlite, so that a run that was stopped goes
 on); this script runs the tests. Starting Python and importing torch and transformers takes longer than the tests of a
@@ -9,6 +9,7 @@ Writes mutants.csv and summary.md to the same folder; why a survivor is equivale
 beside this script, by file and line of code.
 """
 
+import contextlib
 import csv
 import difflib
 import gc
@@ -16,11 +17,13 @@ import json
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from datetime import UTC, datetime
 from importlib.machinery import SourceFileLoader
@@ -263,8 +266,19 @@ def report() -> None:
     print("\n".join(lines))
 
 
+def forget_survivors() -> None:
+    """So that what survived, or was given up, is tried against the tests as they are now."""
+    with contextlib.closing(sqlite3.connect(SESSION)) as database, database:
+        database.execute("DELETE FROM work_results WHERE test_outcome = 'SURVIVED' AND worker_outcome = 'NORMAL'")
+        database.execute("DELETE FROM work_results WHERE output = 'timeout'")
+    COVERING.unlink(missing_ok=True)
+
+
 def main() -> None:
-    workers = int(sys.argv[1]) if len(sys.argv) > 1 else os.cpu_count()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Mutants at a time.")
+    parser.add_argument("--again", action="store_true", help="Try again what survived, against the tests of now.")
+    args = parser.parse_args()
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     sys.dont_write_bytecode = True
@@ -275,6 +289,8 @@ def main() -> None:
         tools = Path(sys.executable).parent
         subprocess.run([tools / "cosmic-ray", "init", CONFIG, SESSION], check=True)
         subprocess.run([tools / "cr-filter-operators", SESSION, CONFIG], check=True)
+    if args.again:
+        forget_survivors()
     if not COVERING.exists():  # in a process of its own, since nothing of the package may be imported here
         if os.fork() == 0:
             COVERING.write_text(json.dumps(find_covering_tests()))
@@ -282,7 +298,7 @@ def main() -> None:
         if os.wait()[1] != 0:
             raise SystemExit("error: the coverage run failed; see above.")
     warm_up()
-    run_mutants(json.loads(COVERING.read_text()), workers)
+    run_mutants(json.loads(COVERING.read_text()), args.workers)
     report()
 
 
