@@ -12,13 +12,14 @@ from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTI
 from hf_inti.model.adaptation_aim import AIM
 from hf_inti.model.adaptation_st_adapter import STAdapter
 from hf_inti.model.adaptation_uniformerv2 import UniFormerV2
-from hf_inti.model.adaptation_zeroi2v import head_groups
+from hf_inti.model.adaptation_zeroi2v import ZeroI2V, head_groups
 from hf_inti.model.compression_inti import InTI, InTICompression, LocalMHRA
 from hf_inti.model.compression_sta import PRIME, STA, draw_for, prune, scramble, semantic_importance
-from hf_inti.model.compression_stts import STTS
+from hf_inti.model.compression_stts import CHUNK, STTS, perturbed_topk
 from hf_inti.model.compression_tome import ToMe, bipartite_soft_matching, kth_bipartite_soft_matching, merge, r_schedule
 from hf_inti.model.fast_paths import Optimizable, fused_linear, has_hooks, pack_parameters, packed_view
-from hf_inti.model.methods import block_rate, check_frames, is_count, is_number
+from hf_inti.model.layers import depthwise_conv3d, from_grid, to_grid
+from hf_inti.model.methods import TokenState, block_rate, check_frames, is_count, is_number
 from hf_inti.model.video_processing_inti_clip import crop, sample_indices
 
 
@@ -510,3 +511,42 @@ def test_options_of_the_processor_at_their_edges():
         processor(frames, do_pad=True)
     with pytest.raises(TypeError):
         sample_indices(4, 2)
+
+
+def test_options_of_adapters_that_are_of_no_use(tower):
+    for options in ({"pre_attention": 1}, {"pre_mlp": "yes"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            STAdapter.check_options(tower, **options)
+    with pytest.raises(ValueError, match="heads"):
+        ZeroI2V.check_options(tower, heads={"1": "x"})
+
+
+def test_options_of_interpolation_are_keywords():
+    with pytest.raises(TypeError):
+        InTI(12, 4, ("cube",))
+    assert InTI(64, 16).position.P.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("kernel_size", [(1, 5, 5), (3, 5, 3), (5, 1, 1), (5, 3, 5)])
+def test_depthwise_convolution_pads_by_its_kernel(kernel_size):
+    torch.manual_seed(0)
+    padding = [size // 2 for size in kernel_size]
+    conv = nn.Conv3d(4, 4, kernel_size, padding=padding, groups=4).double()
+    x = torch.randn(2, 3, 6, 7, 4, dtype=torch.float64)
+    wanted = conv(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    torch.testing.assert_close(depthwise_conv3d(x, conv), wanted)
+
+
+def test_tokens_on_a_grid_that_is_not_square():
+    patches = torch.randn(1, 2, 3, 5)
+    positions = torch.tensor([[[0, 2, 5], [1, 3, 4]]])
+    state = TokenState(num_class_tokens=1, grid=(2, 3), positions=positions)
+    grid = to_grid(patches, state)
+    assert grid.shape == (1, 2, 2, 3, 5) and grid.abs().sum(dim=-1).count_nonzero() == 6
+    assert torch.equal(grid[0, 0, 1, 2], patches[0, 0, 2]) and torch.equal(from_grid(grid, state), patches)
+
+
+def test_perturbed_top_k_draws_in_parts():
+    """More draws than are made at once: the indicators of the soft selection still sum to one for each rank."""
+    indicators = perturbed_topk(torch.rand(1, 5), 2, 0.1, num_samples=2 * CHUNK + 3)
+    torch.testing.assert_close(indicators.sum(dim=-1), torch.ones(1, 2))
