@@ -13,7 +13,7 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
-from hf_inti.hosts.videomae import apply_sta
+from hf_inti.hosts import compress
 from hf_inti.training.checkpoints import CompressionOverride, load_classifier
 
 
@@ -121,7 +121,7 @@ def test_videomae(folder, pixel_values):
     model, _ = load_classifier(
         folder / "videomae", CompressionOverride("sta", compression_options={"r": 6, "order": "B"})
     )
-    assert torch.equal(logits(model, pixel_values), logits(apply_sta(plain, r=6, order="B"), pixel_values))
+    assert torch.equal(logits(model, pixel_values), logits(compress(plain, "sta", r=6, order="B"), pixel_values))
     with pytest.raises(ValueError, match="must be sta or none on a VideoMAE"):
         load_classifier(folder / "videomae", CompressionOverride("tome"))
     with pytest.raises(ValueError, match="compression_options must be those of"):
