@@ -138,7 +138,7 @@ class BaseHost:
 
     name: str
     class_tokens = 0
-    takes_bias = False  # whether attention takes a bias on its keys
+    takes_bias = False  # whether attention takes a bias on its keys, see `check_bias`
     any_length = False  # whether a clip may have another number of frames than the configuration says
     refuses: dict[str, str] = {}  # methods that do not fit, with the reason
     grid: tuple[int, int, int]  # T, rows and columns of the patches of a clip
@@ -149,6 +149,12 @@ class BaseHost:
     def num_merging(self) -> int:
         """The number of tokens that ToMe chooses among, without class tokens."""
         return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def check_bias(self, implementation: str) -> None:
+        """Raise a ValueError unless this implementation of the host's attention takes a bias."""
+        raise ValueError(
+            f"ToMe's prop_attn must be false on {self.name}, whose attention takes no bias, got True; leave it out."
+        )
 
     def encoder(self, model: nn.Module) -> nn.Module:
         """The module whose call runs the blocks."""

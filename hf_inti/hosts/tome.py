@@ -75,12 +75,9 @@ def hooks(
     """
     if prop_attn is not None and not isinstance(prop_attn, bool):
         raise ValueError(f"ToMe's prop_attn must be true or false, got {prop_attn!r}.")
-    if prop_attn and not host.takes_bias:
-        raise ValueError(
-            f"ToMe's prop_attn must be false on {host.name}, whose attention takes no bias, got {prop_attn}; leave it "
-            "out."
-        )
     prop_attn = host.takes_bias if prop_attn is None else prop_attn
+    if prop_attn:
+        host.check_bias(model.config._attn_implementation)
     counts = parse_r(host.depth, round(0.6 * host.num_merging / host.depth) if r is None else r)
     if not any(counts):
         return []

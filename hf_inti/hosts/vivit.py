@@ -21,6 +21,13 @@ class Host(BaseHost):
         self.grid = tuple(size // tubelet for size, tubelet in zip(sizes, config.tubelet_size, strict=True))
         self.depth, self.heads = config.num_hidden_layers, config.num_attention_heads
 
+    def check_bias(self, implementation: str) -> None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation must be {' or '.join(IMPLEMENTATIONS)} for ToMe's prop_attn, got "
+                f"{implementation!r}; call set_attn_implementation, or pass prop_attn=False."
+            )
+
     def encoder(self, model: nn.Module) -> nn.Module:
         return getattr(model, "vivit", model)
 
@@ -45,13 +52,7 @@ class Host(BaseHost):
         return super().begin(args, kwargs, trace)
 
     def attend(self, attention: nn.Module, args, kwargs, tokens: Tokens, bias: torch.Tensor | None):
-        x = args[0]
         if bias is not None:
-            implementation = attention.config._attn_implementation
-            if implementation not in IMPLEMENTATIONS:
-                raise ValueError(
-                    f"attn_implementation must be {' or '.join(IMPLEMENTATIONS)} for ToMe's prop_attn, got "
-                    f"{implementation!r}; call set_attn_implementation, or pass prop_attn=False."
-                )
-            bias = bias[:, None, None].to(x.dtype)  # (B, 1, 1, L)
-        return (x, bias), kwargs
+            self.check_bias(attention.config._attn_implementation)  # again: it may have been changed
+            bias = bias[:, None, None].to(args[0].dtype)  # (B, 1, 1, L)
+        return (args[0], bias), kwargs
