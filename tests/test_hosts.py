@@ -75,6 +75,7 @@ OPTIONS = [
     ("vivit", "sta", {"r": 1, "schedule": "increasing", "similarity": "value"}),
     ("vivit", "sta", {"r": 1, "order": "B-F-B"}),  # 1, 0 and 0 tokens
     ("vivit", "sta", {"r": 4, "similarity": "ffn", "scores": "semantic"}),
+    ("vivit", "sta", {"r": 4, "groups": 2}),
     ("vivit", "tome", {"r": 5, "prop_attn": False}),
     ("vivit", "tome", {"r": [7, 0, 40, 1]}),
     ("vjepa2", "sta", {"r": 4, "schedule": "released"}),
@@ -156,7 +157,9 @@ def test_methods_are_their_references(name, method, options):
     ],
 )
 def test_tokens_that_are_left(name, method, options, tokens):
-    assert tokens_of(compress(build(name), method, **options), clips(name)) == tokens
+    model, x = build(name), clips(name)
+    assert len(set(tokens_of(model, x))) == 1
+    assert tokens_of(compress(model, method, **options), x) == tokens
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -238,6 +241,7 @@ def test_activation_checkpointing_changes_no_gradient(name, method, options, use
     assert got.keys() == wanted.keys() and len(wanted) > 40
     for key, value in got.items():
         assert_close(value, wanted[key], rtol=1e-9, atol=1e-11)
+    assert not any(hook.current.traces for hook in hooks_of(copy.deepcopy(model)))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -464,6 +468,15 @@ def test_eager_attention_is_the_same():
         wanted = logits(model, x)
         model.set_attn_implementation("eager")
         assert_close(logits(model, x), wanted)
+
+
+def test_timesformer_keeps_its_configuration():
+    model = build("timesformer")
+    before = model.config.to_dict()
+    layers = compress(model, "tome", r=2).timesformer.encoder.layer
+    assert model.config.to_dict() == before and all(layer.config is not model.config for layer in layers)
+    compress(model, None)
+    assert all(layer.config is model.config for layer in layers)
 
 
 def test_every_host_is_named():

@@ -124,7 +124,9 @@ def test_videomae_carries_the_places(schedule, first_frame, monkeypatch):
 
     def watch(self, x, places, training):
         seen.append((places, x[..., 0].round()))
-        return drawn(self, x, places, training)
+        chosen = drawn(self, x, places, training)
+        assert chosen["cells"].max() < int(self.options["r"] ** 0.5) ** 2  # of the frame, in joined frames too
+        return chosen
 
     monkeypatch.setattr(Prune, "_draw", watch)
     model = compress(videomae(), "sta", r=8, schedule=schedule, first_frame=first_frame)

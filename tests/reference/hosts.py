@@ -8,7 +8,7 @@ TimeSformer ("Is Space-Time Attention All You Need for Video Understanding?", di
 Letters: B clips, T frames after the tubelet embedding, N patches of a clip, D width, d width of a head, L blocks.
 `params`: the float64 state_dict of transformers' ...ForVideoClassification, `config` its configuration. Every host is a
 function (clips, params, config, method, **options) -> logits (B, classes). `method` None is the host itself; of "sta"
-the options are those of `sta.sta_videomae`, of "tome" r and prop_attn as in `tome.tome_blocks`.
+the options are those of `sta.sta_videomae` and groups, by default the frames, of "tome" r and prop_attn as in `tome.tome_blocks`.
 """
 
 import math
@@ -48,11 +48,11 @@ def tubelets(clip, kernel, bias):
     return tokens
 
 
-def sta_plan(L, T, r, schedule="decreasing", order="F-B-F"):
+def sta_plan(L, G, r, schedule="decreasing", order="F-B-F"):
     """{block from 1: (tokens to drop of each group, direction, number of groups)}."""
     if schedule != "released":
-        return {block: (drop, direction, T) for block, drop, direction in stages(L, r, order, schedule)}
-    return {block: (r, direction, T // 2**s) for s, (block, _, direction) in enumerate(stages(L, r, order))}
+        return {block: (drop, direction, G) for block, drop, direction in stages(L, r, order, schedule)}
+    return {block: (r, direction, G // 2**s) for s, (block, _, direction) in enumerate(stages(L, r, order))}
 
 
 def joint_blocks(tokens, params, names, *, config, T, eps, method, classes=0, rotate=None, **options):
@@ -65,7 +65,7 @@ def joint_blocks(tokens, params, names, *, config, T, eps, method, classes=0, ro
     activation = ACTIVATIONS[config.hidden_act]
     similarity, scores = options.pop("similarity", "key"), options.pop("scores", "both")
     prop_attn = options.pop("prop_attn", False)
-    plan = sta_plan(L, T, **options) if method == "sta" else {}
+    plan = sta_plan(L, options.pop("groups", T), **options) if method == "sta" else {}
     counts = r_schedule(L, options["r"]) if method == "tome" else [0] * L
     places = torch.arange(len(tokens)) - classes
     sizes = tokens.new_ones(len(tokens))
