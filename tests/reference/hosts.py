@@ -8,7 +8,8 @@ TimeSformer ("Is Space-Time Attention All You Need for Video Understanding?", di
 Letters: B clips, T frames after the tubelet embedding, N patches of a clip, D width, d width of a head, L blocks.
 `params`: the float64 state_dict of transformers' ...ForVideoClassification, `config` its configuration. Every host is a
 function (clips, params, config, method, **options) -> logits (B, classes). `method` None is the host itself; of "sta"
-the options are those of `sta.sta_videomae` and groups, by default the frames, of "tome" r and prop_attn as in `tome.tome_blocks`.
+the options are those of `sta.sta_videomae` and groups (by default T), of "tome" r and prop_attn as in
+`tome.tome_blocks`.
 """
 
 import math
