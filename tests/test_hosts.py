@@ -324,11 +324,8 @@ def test_in_a_pipeline(name, method, options, tmp_path):
     assert len(answers) == 5
 
 
-@pytest.mark.parametrize("name", ["videomae", "vivit", "timesformer"])
-@pytest.mark.parametrize("method", ["sta", "tome"])
+@pytest.mark.parametrize("name, method", [pair[:2] for pair in PAIRS if pair[0] != "vjepa2"])
 def test_the_backbone_alone(name, method):
-    if (name, method) == ("timesformer", "sta"):
-        pytest.skip("does not fit")
     model, x = build(name), clips(name)
     with torch.no_grad():
         wanted = getattr(compress(model, method, r=4), name)(x).last_hidden_state
@@ -467,7 +464,7 @@ def test_eager_attention_is_the_same():
         model, x = compress(build(name), "tome", r=3), clips(name)
         wanted = logits(model, x)
         model.set_attn_implementation("eager")
-        assert_close(logits(model, x), wanted)
+        assert_close(logits(model, x), wanted, rtol=0, atol=1e-4)  # its softmax is in float32
 
 
 def test_timesformer_keeps_its_configuration():
