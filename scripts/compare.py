@@ -15,7 +15,7 @@ import torch
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipVisionConfig
-from hf_inti.hosts.videomae import apply_sta
+from hf_inti.hosts import compress
 from hf_inti.measure.costs import count_costs, count_flops
 from hf_inti.measure.jobs import write_json
 from hf_inti.measure.records import provenance, source_line
@@ -71,7 +71,7 @@ def videomae_gmacs(sizes: dict, rates: list[int]) -> list[float]:
             module.register_forward_hook(lambda module, args, output: norms.append(5 * output.numel()))
     for r in rates:
         norms.clear()
-        counter = count_flops(apply_sta(model, r=r), pixel_values)
+        counter = count_flops(compress(model, "sta", r=r), pixel_values)
         counts.append((counter.get_total_flops() / 2 + sum(norms)) / 1e9)
     return counts
 

@@ -40,7 +40,9 @@ class EvaluationArguments:
     video_root: str | None = field(default=None, metadata={"help": "Where a list's videos lie; default: beside it."})
     compression: str | None = field(
         default=None,
-        metadata={"help": "Another compression, without training: tome, sta, linear_pooling or none; on VideoMAE sta."},
+        metadata={
+            "help": "Another, without training: tome, sta, linear_pooling or none; on VideoMAE etc. sta or tome."
+        },
     )
     compression_layers: list[int] | None = field(default=None, metadata={"help": "Its positions, counted from 1."})
     compression_options: dict | None = field(default=None, metadata={"help": "Its options, a mapping (JSON)."})

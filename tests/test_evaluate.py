@@ -9,11 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import (
+    AutoModelForVideoClassification,
+    TimesformerConfig,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VivitConfig,
+    VivitForVideoClassification,
+    VivitImageProcessor,
+    VJEPA2Config,
+)
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
-from hf_inti.hosts.videomae import apply_sta
+from hf_inti.hosts import compress
 from hf_inti.training.checkpoints import CompressionOverride, load_classifier
 
 
@@ -121,11 +130,47 @@ def test_videomae(folder, pixel_values):
     model, _ = load_classifier(
         folder / "videomae", CompressionOverride("sta", compression_options={"r": 6, "order": "B"})
     )
-    assert torch.equal(logits(model, pixel_values), logits(apply_sta(plain, r=6, order="B"), pixel_values))
-    with pytest.raises(ValueError, match="must be sta or none on a VideoMAE"):
-        load_classifier(folder / "videomae", CompressionOverride("tome"))
-    with pytest.raises(ValueError, match="compression_options must be those of"):
+    assert torch.equal(logits(model, pixel_values), logits(compress(plain, "sta", r=6, order="B"), pixel_values))
+    with pytest.raises(ValueError, match="method must be one of sta, tome or None, got 'inti'"):
+        load_classifier(folder / "videomae", CompressionOverride("inti"))
+    with pytest.raises(ValueError, match="compression_layers must be left out"):
+        load_classifier(folder / "videomae", CompressionOverride("sta", [1]))
+    with pytest.raises(ValueError, match="options of sta on VideoMAE must be among"):
         load_classifier(folder / "videomae", CompressionOverride("sta", compression_options={"R": 6}))
+
+
+@pytest.mark.parametrize("name, method", [("vivit", "sta"), ("vjepa2", "tome"), ("timesformer", "tome")])
+def test_other_hosts(name, method, tmp_path, folder, pixel_values, monkeypatch):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, **labels()}
+    config = {
+        "vivit": lambda: VivitConfig(image_size=32, tubelet_size=[2, 8, 8], num_frames=8, **sizes),
+        "vjepa2": lambda: VJEPA2Config(
+            crop_size=32, patch_size=8, frames_per_clip=8, pred_hidden_size=12, pred_num_attention_heads=2, **sizes
+        ),
+        "timesformer": lambda: TimesformerConfig(image_size=32, patch_size=8, num_frames=8, **sizes),
+    }[name]()
+    plain = AutoModelForVideoClassification.from_config(config).eval()
+    plain.save_pretrained(tmp_path / "model")
+    model, processor = load_classifier(tmp_path / "model", CompressionOverride(method, compression_options={"r": 3}))
+    assert torch.equal(logits(model, pixel_values), logits(compress(plain, method, r=3), pixel_values))
+    assert processor.num_frames == 8 and dict(processor.crop_size) == {"height": 32, "width": 32}
+    flags = ["--compression", method, "--compression_options", '{"r": 3}', "--output_dir", tmp_path / "out"]
+    evaluate(monkeypatch, tmp_path / "model", "--data_dir", folder / "videos", *flags)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["num_videos"] == 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_normalize": False}, {"image_mean": [0.1, 0.2, 0.3]}, {"offset": False}])
+def test_vivit_is_preprocessed_as_by_its_processor(settings, tmp_path):
+    VivitForVideoClassification(
+        VivitConfig(image_size=32, num_frames=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path)
+    side = {"height": 32, "width": 32}
+    theirs = VivitImageProcessor(size={"shortest_edge": 32}, crop_size=side, **settings)
+    theirs.save_pretrained(tmp_path)
+    ours = load_classifier(tmp_path)[1]
+    frames = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    wanted = theirs(list(frames.numpy()), return_tensors="pt").pixel_values
+    torch.testing.assert_close(ours(frames).pixel_values, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +190,10 @@ def test_videomae_is_preprocessed_as_its_file_says(settings, size, crop, folder,
 
 
 def test_other_checkpoints_are_refused(folder, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vivit"}))
-    with pytest.raises(ValueError, match="got model_type 'vivit'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(
+        ValueError, match="must be one of inti_clip.*, videomae, timesformer, vivit, vjepa2, got 'clip'"
+    ):
         load_classifier(tmp_path)
 
 

@@ -38,7 +38,11 @@ def imports(path: Path) -> list[tuple[str, ast.stmt]]:
 def graph() -> dict[str, set[str]]:
     """Which modules of the package each of them imports, wherever in the file."""
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    return {name: {other for other, _ in imports(path)} & modules.keys() for name, path in modules.items()}
+    found = {}
+    for name, path in modules.items():
+        others = {other for other, _ in imports(path)}
+        found[name] = (others | {f"{other}.__init__" for other in others}) & modules.keys()
+    return found
 
 
 def test_model_is_what_is_uploaded(tiny_config, tmp_path):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipVisionModel
-from hf_inti.hosts.videomae import apply_sta
+from hf_inti.hosts import compress
 from hf_inti.model.layers import depthwise_conv3d
 from hf_inti.model.methods import TokenState
 from reference import aim, pooling, st_adapter, sta, stts, tome, uniformerv2, zeroi2v
@@ -286,7 +286,7 @@ STA_OPTIONS = [
 
 @pytest.mark.parametrize("options", [{"r": 4}, *STA_OPTIONS], ids=str)
 def test_sta_on_videomae(options, videomae):
-    model = apply_sta(videomae(), **options)
+    model = compress(videomae(), "sta", **options)
     x = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         got = model(x).logits
@@ -302,10 +302,10 @@ def test_sta_on_videomae_comes_off_and_leaves_no_trace(videomae):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         plain = model(x).logits
-        assert not torch.equal(apply_sta(model, r=4)(x).logits, plain)
-        once = apply_sta(model, r=6)(x).logits
-        assert torch.equal(apply_sta(model, r=6)(x).logits, once)  # not twice on top of each other
-        assert torch.equal(apply_sta(model, r=0)(x).logits, plain)
+        assert not torch.equal(compress(model, "sta", r=4)(x).logits, plain)
+        once = compress(model, "sta", r=6)(x).logits
+        assert torch.equal(compress(model, "sta", r=6)(x).logits, once)  # not twice on top of each other
+        assert torch.equal(compress(model, "sta", r=0)(x).logits, plain)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -313,7 +313,7 @@ def test_sta_on_videomae_comes_off_and_leaves_no_trace(videomae):
     "options", [{"first_frame": "random"}, {"first_frame": "grid"}, {"similarity": "value"}], ids=str
 )
 def test_sta_on_videomae_has_stas_options(options, videomae):
-    model = apply_sta(videomae(), r=4, **options)
+    model = compress(videomae(), "sta", r=4, **options)
     shapes = []
     for layer in model.videomae.encoder.layer:
         layer.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
@@ -326,25 +326,25 @@ def test_sta_on_videomae_has_stas_options(options, videomae):
 def test_what_sta_cannot_do_on_videomae_is_said(videomae, tiny_config):
     model = videomae()
     with pytest.raises(ValueError, match="got 16, which drops 16 of a group's 16"):
-        apply_sta(model, r=16)
+        compress(model, "sta", r=16)
     with pytest.raises(ValueError, match="schedule must be one of decreasing, constant, increasing, released"):
-        apply_sta(model, schedule="half")
+        compress(model, "sta", schedule="half")
     for groups in (5, "4", 2.0, True, 0):
         with pytest.raises(ValueError, match="divides the model's 64 tokens"):
-            apply_sta(model, groups=groups)
+            compress(model, "sta", groups=groups)
     with pytest.raises(ValueError, match="multiple of 4 with schedule 'released'.*got 2"):
-        apply_sta(model, r=2, schedule="released", groups=2)
+        compress(model, "sta", r=2, schedule="released", groups=2)
     with pytest.raises(ValueError, match="order must be"):
-        apply_sta(model, order="forward")
+        compress(model, "sta", order="forward")
     with pytest.raises(ValueError, match="got InTIClipVisionModel"):
-        apply_sta(InTIClipVisionModel(tiny_config()))
+        compress(InTIClipVisionModel(tiny_config()), "sta")
     model.config.use_mean_pooling = False
     with pytest.raises(ValueError, match="set use_mean_pooling"):
-        apply_sta(model)
+        compress(model, "sta")
 
 
 def test_threads_can_share_a_model_with_sta(videomae):
-    model = apply_sta(videomae(), r=4)
+    model = compress(videomae(), "sta", r=4)
     inputs = [torch.randn(1, 8, 3, 16, 16, dtype=torch.float64) for _ in range(8)]
 
     def run(x):
@@ -358,7 +358,7 @@ def test_threads_can_share_a_model_with_sta(videomae):
 
 
 def test_masked_positions_are_refused_with_sta(videomae):
-    model = apply_sta(videomae(), r=4).videomae
+    model = compress(videomae(), "sta", r=4).videomae
     masked = torch.zeros(1, 64, dtype=torch.bool)
     masked[:, :20] = True
     with pytest.raises(ValueError, match="set up for 64 tokens in this block, got 44"):

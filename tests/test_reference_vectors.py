@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
-from hf_inti.hosts.videomae import apply_sta
+from hf_inti.hosts import compress
 from hf_inti.model import compression_stts as stts
 from hf_inti.model import compression_tome as tome
 from hf_inti.model.adaptation_st_adapter import SpatioTemporalAdapter
@@ -220,15 +220,11 @@ def sta_vit(v: Vector) -> None:
     groups = o["groups"][0]
     assert o["groups"] == [groups, groups // 2, groups // 4]  # the released schedule
     before, after = {}, {}  # pruning
-
-    def record(outputs: dict) -> None:
-        for i, layer in enumerate(model.videomae.encoder.layer):
-            layer.register_forward_hook(lambda module, args, output, i=i: outputs.update({i: output}))
-
-    record(before)
+    for i, layer in enumerate(model.videomae.encoder.layer):
+        for module, outputs in ((layer.output, before), (layer, after)):
+            module.register_forward_hook(lambda module, args, output, outputs=outputs, i=i: outputs.update({i: output}))
     order = "-".join(letter for letter in o["order"] if letter in "FB")
-    apply_sta(model, r=o["r"], schedule="released", order=order, groups=groups)
-    record(after)
+    compress(model, "sta", r=o["r"], schedule="released", order=order, groups=groups)
     v.check("logits", model(v.inputs["pixels"].transpose(1, 2)).logits)
     for i in range(o["depth"]):
         v.check(f"merge_in.{i}", before[i])

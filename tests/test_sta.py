@@ -5,7 +5,8 @@ import torch
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from hf_inti import InTIClipForVideoClassification
-from hf_inti.hosts.videomae import _Prune, apply_sta
+from hf_inti.hosts import compress
+from hf_inti.hosts.sta import Prune
 from hf_inti.measure.redundancy import gradient_norm, trajectory_sum
 from hf_inti.model.compression_sta import PRIME, STA, cells_for, draw_for, dropped_tokens, prune, scramble
 from hf_inti.model.methods import TokenState
@@ -119,15 +120,16 @@ def videomae(**options):
 def test_videomae_carries_the_places(schedule, first_frame, monkeypatch):
     """At every stage the tokens that a hook takes for those of a place are those that stood there."""
     seen = []
-    called = _Prune.__call__
+    drawn = Prune._draw
 
-    def watch(self, module, args, output):
-        marks = self._places_before(output)
-        seen.append((marks, output[..., 0].round()))
-        return called(self, module, args, output)
+    def watch(self, x, places, training):
+        seen.append((places, x[..., 0].round()))
+        chosen = drawn(self, x, places, training)
+        assert chosen["cells"].max() < int(self.options["r"] ** 0.5) ** 2  # of the frame, in joined frames too
+        return chosen
 
-    monkeypatch.setattr(_Prune, "__call__", watch)
-    model = apply_sta(videomae(), r=8, schedule=schedule, first_frame=first_frame)
+    monkeypatch.setattr(Prune, "_draw", watch)
+    model = compress(videomae(), "sta", r=8, schedule=schedule, first_frame=first_frame)
     layers = model.videomae.encoder.layer
     for layer in layers:  # blocks that leave channel 0 as it is, in which each token carries its place
         with torch.no_grad():
@@ -135,7 +137,7 @@ def test_videomae_carries_the_places(schedule, first_frame, monkeypatch):
             layer.output.dense.bias[0] = layer.attention.output.dense.bias[0] = 0
 
     def mark(module, args, output):
-        return torch.cat([(torch.arange(144.0) % 36).expand(2, 144)[..., None], output[..., 1:]], dim=-1)
+        return torch.cat([torch.arange(144.0).expand(2, 144)[..., None], output[..., 1:]], dim=-1)
 
     model.videomae.embeddings.register_forward_hook(mark)
     with torch.no_grad():
@@ -148,7 +150,7 @@ def test_videomae_carries_the_places(schedule, first_frame, monkeypatch):
 def test_videomae_first_frame_under_checkpointing():
     x, labels, grads = torch.randn(2, 8, 3, 24, 24), torch.tensor([0, 1]), []
     for checkpointing in (False, True):
-        model = apply_sta(videomae(), r=8, first_frame="grid").train()
+        model = compress(videomae(), "sta", r=8, first_frame="grid").train()
         if checkpointing:
             model.activation_checkpointing_enable()
         torch.manual_seed(1)

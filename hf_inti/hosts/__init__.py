@@ -1,1 +1,77 @@
-"""The methods on models that are not ours."""
+"""Compressions on trained video models of transformers, without training: fewer tokens, the same weights.
+
+    model = VideoMAEForVideoClassification.from_pretrained("MCG-NJU/videomae-base-finetuned-kinetics")
+    compress(model, "sta", r=64)
+
+`contract.py` says what a host and a method are; each host and each method is one file. None is imported before a model
+is compressed.
+"""
+
+import inspect
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The file of each class of transformers, and of each method.
+HOSTS = {
+    "VideoMAEForVideoClassification": "videomae",
+    "VideoMAEModel": "videomae",
+    "TimesformerForVideoClassification": "timesformer",
+    "TimesformerModel": "timesformer",
+    "VivitForVideoClassification": "vivit",
+    "VivitModel": "vivit",
+    "VJEPA2ForVideoClassification": "vjepa2",
+    "VJEPA2Model": "vjepa2",
+}
+METHODS = {"sta": "sta", "tome": "tome"}
+
+
+def compress(model: "PreTrainedModel", method: str | None, **options) -> "PreTrainedModel":
+    """Let a trained video model work on fewer tokens from now on; returns the same model.
+
+    Weights, `state_dict` and what `save_pretrained` writes stay those of the model. Compress a model before compiling
+    or wrapping it.
+
+    Args:
+        model: one of the classes of `HOSTS`.
+        method: "sta" or "tome", in the place of any before; None takes it off.
+        options: see `sta.hooks` and `tome.hooks`; r is the number of tokens removed. With r = 0 the model is itself.
+
+    Raises ValueError for another model, method or option, and where the method does not fit the model.
+    """
+    host = _host_of(model)
+    hooks = [] if method is None else _hooks(host, model, method, options)
+    host.take_off(model)
+    if hooks:
+        host.put_on(model, hooks)
+    return model
+
+
+def _host_of(model):
+    for base in type(model).__mro__:
+        if base.__name__ in HOSTS and base.__module__.startswith("transformers."):
+            return import_module(f".{HOSTS[base.__name__]}", __name__).Host(model)
+    raise ValueError(
+        f"model must be one of {', '.join(HOSTS)} of transformers, got {type(model).__name__}; compress it before it "
+        "is wrapped, and an InTI-CLIP by its configuration."
+    )
+
+
+def _hooks(host, model, method: str, options: dict) -> list:
+    if method not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)} or None, got {method!r}; the other compressions have weights "
+            "of their own, which the model would need to be trained with."
+        )
+    if method in host.refuses:
+        fits = [name for name in METHODS if name not in host.refuses]
+        raise ValueError(f"method must be {', '.join(fits)} on {host.name}, got {method!r}; {host.refuses[method]}.")
+    function = import_module(f".{METHODS[method]}", __name__).hooks
+    valid = list(inspect.signature(function).parameters)[2:]
+    for name in options:
+        if name not in valid:
+            raise ValueError(f"the options of {method} on {host.name} must be among {', '.join(valid)}, got {name!r}.")
+    return function(host, model, **options)

@@ -106,7 +106,15 @@ def merge(x: torch.Tensor, matching: Matching, mode: str = "mean") -> torch.Tens
 def merge_weighted(x: torch.Tensor, size: torch.Tensor, matching: Matching) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of tokens (B, N, C) weighted by their sizes (B, N, 1) -> tokens, sizes, which are summed."""
     total = merge(size, matching, "sum")
-    return merge(x * size, matching, "sum") / total, total
+    return merge(x * size.to(x.dtype), matching, "sum") / total.to(x.dtype), total
+
+
+def merge_places(places: torch.Tensor, matching: Matching) -> torch.Tensor:
+    """Places of tokens (B, N) -> (B, num_tokens): a merged token takes its destination's, so that none is shared."""
+    odd = torch.arange(1, places.shape[1], 2, device=places.device).expand(places.shape[0], -1)
+    survivors = torch.cat([2 * matching.unm_idx, odd], dim=1)
+    index = matching.target.gather(1, survivors)
+    return places.new_zeros(places.shape[0], matching.num_tokens).scatter(1, index, places.gather(1, survivors))
 
 
 def unmerge(x: torch.Tensor, matching: Matching) -> torch.Tensor:
@@ -147,6 +155,14 @@ def r_schedule(num_layers: int, r: int | list[int] | tuple[int, float]) -> list[
     return [int(low + step * i) for i in range(num_layers)] if num_layers > 1 else [r]
 
 
+def parse_r(num_layers: int, r: int | list[int] | list[float]) -> list[int]:
+    """`r_schedule` of an option, where a pair is a list too: [r, inflection], if its second is negative or a float."""
+    if isinstance(r, (list, tuple)):
+        pair = len(r) == 2 and (isinstance(r[1], float) or (isinstance(r[1], int) and r[1] < 0))
+        r = tuple(r) if pair else list(r)
+    return r_schedule(num_layers, r)
+
+
 def _is_count(r) -> bool:
     return isinstance(r, int) and not isinstance(r, bool) and r >= 0
 
@@ -179,12 +195,7 @@ class ToMe(Compression):
 
     @staticmethod
     def _schedule(tower: Tower, r) -> list[int]:
-        if r is None:
-            r = round(tower.num_patches / 20)
-        elif isinstance(r, (list, tuple)):
-            pair = len(r) == 2 and (isinstance(r[1], float) or (isinstance(r[1], int) and r[1] < 0))
-            r = tuple(r) if pair else list(r)
-        return r_schedule(tower.num_hidden_layers, r)
+        return parse_r(tower.num_hidden_layers, round(tower.num_patches / 20) if r is None else r)
 
     @classmethod
     def check_options(cls, tower: Tower, **options) -> None:
@@ -206,18 +217,11 @@ class ToMe(Compression):
         sizes = state.sizes
         if sizes is None:  # counts above 256 are not whole in bf16
             sizes = x.new_ones(B, T, L, dtype=torch.promote_types(x.dtype, torch.float32))
-        sizes = sizes.flatten(0, 1)[..., None]
-        total = merge(sizes, matching, "sum")
-        x = merge(x.flatten(0, 1) * sizes.to(x.dtype), matching, "sum") / total.to(x.dtype)
+        x, total = merge_weighted(x.flatten(0, 1), sizes.flatten(0, 1)[..., None], matching)
         positions = state.positions
         if positions is None:
             positions = torch.arange(L - c, device=x.device).expand(B, T, -1)
-        # A merged token takes its destination's place, so that no two tokens share one.
-        places = nn.functional.pad(positions, (c, 0)).flatten(0, 1)
-        every = torch.arange(L, device=x.device).expand(B * T, L)
-        survivors = torch.cat([2 * matching.unm_idx, every[:, 1::2]], dim=1)
-        index = matching.target.gather(1, survivors)
-        places = places.new_zeros(B * T, matching.num_tokens).scatter(1, index, places.gather(1, survivors))[:, c:]
+        places = merge_places(nn.functional.pad(positions, (c, 0)).flatten(0, 1), matching)[:, c:]
         source = merge_source(matching, None if state.source is None else state.source.flatten(0, 1))
         state = state._replace(
             positions=places.unflatten(0, (B, T)),

@@ -3,13 +3,13 @@
 from contextlib import suppress
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig, PreTrainedModel, VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import AutoModelForVideoClassification, PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 from transformers.utils.generic import safe_load_json_file
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from ..hosts.videomae import apply_sta
+from ..hosts import HOSTS, compress
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
@@ -40,9 +40,9 @@ def load_classifier(
     """A model in evaluation mode, on CPU, and the processor for its videos.
 
     Args:
-        checkpoint: an InTI-CLIP or VideoMAE video classifier: a folder or a name on the Hub.
+        checkpoint: a video classifier, InTI-CLIP or one of `hosts.HOSTS`: a folder or a name on the Hub.
         override: the compression to evaluate it with. An InTI-CLIP model takes those that need no training (`"tome"`,
-            `"sta"`, `"linear_pooling"` as the plain average of each pair, `"none"`), a VideoMAE `"sta"`.
+            `"sta"`, `"linear_pooling"` as the plain average of each pair, `"none"`), a host those of `hosts.compress`.
 
     Raises ValueError for another kind of checkpoint, for bad options, and for a compression whose weights the
     checkpoint does not hold.
@@ -50,10 +50,12 @@ def load_classifier(
     override = override or CompressionOverride()
     values, _ = PreTrainedConfig.get_config_dict(checkpoint)
     kind = values.get("model_type")
-    if kind == VideoMAEConfig.model_type:
-        return _load_videomae(checkpoint, override), _videomae_processor(checkpoint, values)
+    if kind in HOSTS.values():
+        model = _load_host(checkpoint, override)
+        return model, _host_processor(checkpoint, model.config)
     if kind != InTIClipVisionConfig.model_type:
-        raise ValueError(f"{checkpoint} must be an InTI-CLIP or VideoMAE checkpoint, got model_type {kind!r}.")
+        valid = ", ".join([InTIClipVisionConfig.model_type, *dict.fromkeys(HOSTS.values())])
+        raise ValueError(f"the model_type of {checkpoint} must be one of {valid}, got {kind!r}.")
     processor = InTIClipVideoProcessor.from_pretrained(checkpoint)
     if override.compression is None:
         model = InTIClipForVideoClassification.from_pretrained(checkpoint)
@@ -88,23 +90,21 @@ def _load_under(checkpoint: str, values: dict, override: CompressionOverride) ->
     return model
 
 
-def _load_videomae(checkpoint: str, override: CompressionOverride) -> VideoMAEForVideoClassification:
-    if override.compression not in (None, "none", "sta") or override.compression_layers:
+def _load_host(checkpoint: str, override: CompressionOverride) -> PreTrainedModel:
+    if override.compression_layers:
         raise ValueError(
-            f"compression must be sta or none on a VideoMAE, without compression_layers, got {override.compression!r}."
+            f"compression_layers must be left out on a video model of transformers, got {override.compression_layers}."
         )
-    model = VideoMAEForVideoClassification.from_pretrained(checkpoint).eval()
-    if override.compression == "sta":
-        try:
-            apply_sta(model, **(override.compression_options or {}))
-        except TypeError as error:
-            raise ValueError(f"compression_options must be those of hosts.videomae.apply_sta: {error}.") from None
+    model = AutoModelForVideoClassification.from_pretrained(checkpoint).eval()
+    if override.compression not in (None, "none"):
+        compress(model, override.compression, **(override.compression_options or {}))
     return model
 
 
-def _videomae_processor(checkpoint: str, values: dict) -> InTIClipVideoProcessor:
+def _host_processor(checkpoint: str, config: PreTrainedConfig) -> InTIClipVideoProcessor:
     """Ours with the preprocessing of the checkpoint's own processor, where it has one; it samples frames uniformly."""
-    side = values.get("image_size", VideoMAEConfig().image_size)
+    vjepa2 = config.model_type == "vjepa2"
+    side = config.crop_size if vjepa2 else config.image_size
     settings = {
         "size": side,
         "crop_size": side,
@@ -117,5 +117,14 @@ def _videomae_processor(checkpoint: str, values: dict) -> InTIClipVideoProcessor
         if file is not None:
             found = safe_load_json_file(file)
             settings |= {name: found[name] for name in PREPROCESSING if found.get(name) is not None}
+            if config.model_type == "vivit" and found.get("offset", True):
+                settings |= _without_offset(settings)
             break
-    return InTIClipVideoProcessor(num_frames=values.get("num_frames", VideoMAEConfig().num_frames), **settings)
+    return InTIClipVideoProcessor(num_frames=config.frames_per_clip if vjepa2 else config.num_frames, **settings)
+
+
+def _without_offset(settings: dict) -> dict:
+    """ViViT's processors subtract 1 after rescaling, before they normalise: the same as a mean that is larger by 1."""
+    if not settings.get("do_normalize", True):
+        return {"do_normalize": True, "image_mean": [1.0] * 3, "image_std": [1.0] * 3}
+    return {"image_mean": [mean + 1 for mean in settings["image_mean"]]}

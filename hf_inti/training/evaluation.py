@@ -46,7 +46,7 @@ def predict_batches(
     for batch in tqdm(loader, desc=description, leave=False):
         pixel_values = batch.pop("pixel_values")  # (B, V, T, 3, H, W)
         with torch.inference_mode():
-            logits = model(pixel_values=pixel_values.flatten(0, 1)).logits.float().unflatten(0, pixel_values.shape[:2])
+            logits = model(pixel_values.flatten(0, 1)).logits.float().unflatten(0, pixel_values.shape[:2])
             logits = logits.masked_fill(~batch["ok"][:, None, None], float("nan"))
         tensors = {name: batch[name] for name in ("labels", "index", "ok")}
         gathered = accelerator.gather_for_metrics({"logits": logits, **tensors})
