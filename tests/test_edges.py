@@ -14,7 +14,7 @@ from hf_inti.model.adaptation_st_adapter import STAdapter
 from hf_inti.model.adaptation_uniformerv2 import UniFormerV2
 from hf_inti.model.adaptation_zeroi2v import ZeroI2V, head_groups
 from hf_inti.model.compression_inti import InTI, InTICompression, LocalMHRA
-from hf_inti.model.compression_sta import PRIME, STA, draw_for, prune, scramble, semantic_importance
+from hf_inti.model.compression_sta import PRIME, STA, cells_for, draw_for, prune, scramble, semantic_importance
 from hf_inti.model.compression_stts import CHUNK, STTS, perturbed_topk
 from hf_inti.model.compression_tome import ToMe, bipartite_soft_matching, kth_bipartite_soft_matching, merge, r_schedule
 from hf_inti.model.fast_paths import Optimizable, fused_linear, has_hooks, pack_parameters, packed_view
@@ -300,7 +300,7 @@ def test_methods_see_the_frames_that_reach_the_blocks(tiny_config):
     assert tiny_config(num_frames=8, **options).tower.num_frames == 4
 
 
-@pytest.mark.parametrize("height, width", [(7, 13), (13, 7), (10, 10)])
+@pytest.mark.parametrize("height, width", [(7, 13), (13, 7), (10, 10), (20, 14), (14, 20)])
 def test_the_middle_crop_is_in_the_middle_both_ways(height, width):
     frame = torch.arange(height * width).view(1, height, width)
     top, left = (height - 4) // 2, (width - 4) // 2
@@ -550,3 +550,51 @@ def test_perturbed_top_k_draws_in_parts():
     """More draws than are made at once: the indicators of the soft selection still sum to one for each rank."""
     indicators = perturbed_topk(torch.rand(1, 5), 2, 0.1, num_samples=2 * CHUNK + 3)
     torch.testing.assert_close(indicators.sum(dim=-1), torch.ones(1, 2))
+
+
+def test_kernels_of_adapters_have_three_odd_sizes(tower):
+    STAdapter.check_options(tower, kernel_size=[3, 1, 5])
+    for kernel_size in ([3, 1], [3, 1, 1, 1], 3, "311", [3, 2, 1], [3, 1, 0]):
+        with pytest.raises(ValueError, match="kernel_size"):
+            STAdapter.check_options(tower, kernel_size=kernel_size)
+
+
+def test_first_frame_of_two_tokens_loses_the_even_one():
+    x, metric = torch.randn(1, 1, 2, 5), torch.randn(1, 1, 2, 6)
+    assert prune(x, metric, 1).tolist() == [[[1]]]
+    assert prune(x[:, :, :1], metric[:, :, :1], 0).tolist() == [[[0]]]
+
+
+def test_stride_of_squares_may_be_left_to_stts(tower):
+    STTS.check_options(tower, stride=None)
+    for options in ({"stride": 0}, {"num_samples": 0}, {"num_samples": None}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            STTS.check_options(tower, **options)
+
+
+def test_options_of_compiling_are_kept(tiny_config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *args, **kwargs: seen.append((args, kwargs)))
+    model = InTIClipVisionModel(tiny_config())
+    model.compile(mode="reduce-overhead")
+    model.compile("eager")
+    model.compile(fullgraph=True)
+    off = {"options": {"layout_optimization": False}}
+    assert seen == [((), {"mode": "reduce-overhead"}), (("eager",), {}), ((), {"fullgraph": True, **off})]
+
+
+def test_outputs_may_be_tuples(tiny_config):
+    model = InTIClipForVideoClassification(tiny_config()).eval()
+    (logits,) = model(torch.randn(1, 8, 3, 32, 32), return_dict=False)
+    assert logits.shape == (1, 5)
+
+
+def test_all_options_of_the_processor_are_checked():
+    frames = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="no option 'nonsense'"):
+        InTIClipVideoProcessor(num_frames=1)(frames, size=4, nonsense=1)
+
+
+def test_nine_cells_are_three_by_three():
+    cells = cells_for(torch.arange(36)[None], (6, 6), 9)[0]
+    assert cells.unique().tolist() == list(range(9)) and cells.bincount().tolist() == [4] * 9
