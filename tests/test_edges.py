@@ -598,3 +598,29 @@ def test_all_options_of_the_processor_are_checked():
 def test_nine_cells_are_three_by_three():
     cells = cells_for(torch.arange(36)[None], (6, 6), 9)[0]
     assert cells.unique().tolist() == list(range(9)) and cells.bincount().tolist() == [4] * 9
+
+
+def test_smallest_and_largest_options_of_adapters(tower):
+    STAdapter.check_options(tower, width=1, num_layers=1)
+    UniFormerV2.check_options(tower, reduction=tower.hidden_size)
+    assert ToMe(tower, []).prop_attn is True
+    first, second = torch.arange(12.0).split(6)
+    assert packed_view([first.view(2, 3), second.view(3, 2)]) is None
+
+
+def test_attention_dropout_is_for_training(tiny_config):
+    model = InTIClipVisionModel(tiny_config(compression="none", attention_dropout=0.5))
+    x = torch.randn(1, 2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x).pooler_output, model(x).pooler_output)
+        assert not torch.equal(model.train()(x).pooler_output, model(x).pooler_output)
+
+
+def test_frames_of_another_size_are_refused_unless_asked_for(tiny_config):
+    with pytest.raises(ValueError, match="must be 32 x 32 pixels"):
+        InTIClipVisionModel(tiny_config())(torch.randn(1, 8, 3, 48, 48))
+
+
+def test_configurations_name_all_classes_for_remote_code(tiny_config):
+    names = ("AutoConfig", "AutoModel", "AutoModelForVideoClassification")
+    assert all(name in tiny_config().auto_map for name in names)
