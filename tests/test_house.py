@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,7 +149,11 @@ def test_a_wheel_stands_alone(tmp_path):
 
     from conftest import write_video
 
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    source = tmp_path / "source"  # a copy: setuptools leaves build/ behind and would pack old files from it
+    shutil.copytree(PACKAGE, source / "hf_inti", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     subprocess.run(build, check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("hf_inti-*.whl")
     site = tmp_path / "site"
