@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import av
@@ -60,3 +61,10 @@ def test_data() -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """torch compiles a function eight times in a process at most, and all models share transformers' functions."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
