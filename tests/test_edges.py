@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -624,3 +625,9 @@ def test_frames_of_another_size_are_refused_unless_asked_for(tiny_config):
 def test_configurations_name_all_classes_for_remote_code(tiny_config):
     names = ("AutoConfig", "AutoModel", "AutoModelForVideoClassification")
     assert all(name in tiny_config().auto_map for name in names)
+
+
+def test_types_of_fields_are_checked():
+    for field in ({"drop_path_rate": "a"}, {"classifier_dropout": "x"}):
+        with pytest.raises(StrictDataclassError):
+            InTIClipVisionConfig(**TINY, compression="none", **field)
