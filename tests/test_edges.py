@@ -631,3 +631,9 @@ def test_types_of_fields_are_checked():
     for field in ({"drop_path_rate": "a"}, {"classifier_dropout": "x"}):
         with pytest.raises(StrictDataclassError):
             InTIClipVisionConfig(**TINY, compression="none", **field)
+
+
+def test_crops_of_a_square_move_from_left_to_right():
+    frame = torch.arange(64).view(1, 8, 8)
+    for place, left in ((0, 0), (1, 2), (2, 4)):
+        assert torch.equal(crop(frame, 4, 4, place), frame[:, 2:6, left : left + 4])
