@@ -637,3 +637,8 @@ def test_crops_of_a_square_move_from_left_to_right():
     frame = torch.arange(64).view(1, 8, 8)
     for place, left in ((0, 0), (1, 2), (2, 4)):
         assert torch.equal(crop(frame, 4, 4, place), frame[:, 2:6, left : left + 4])
+
+
+def test_a_clip_of_one_frame_may_have_another_size(tiny_config):
+    model = InTIClipVisionModel(tiny_config(compression="none"))
+    assert model(torch.randn(1, 1, 3, 48, 40), interpolate_pos_encoding=True).last_hidden_state.shape == (1, 1, 31, 48)
