@@ -74,6 +74,33 @@ def test_stride_is_that_of_the_squares(options, corner, tiny_config):
     assert out[0, 0, 1, 1] == 8 * corner[0] + corner[1]
 
 
+def test_stride_goes_by_the_rows(tiny_config):
+    """The best 2 x 2 of 4 x 8 patches, one patch apart: half of the two rows that are lost."""
+    x = torch.zeros(1, 1, 33, 48)
+    grid = x[0, 0, 1:].unflatten(0, (4, 8))
+    grid[1:3, 4:6, 0] = 1.0
+    grid[..., 1] = torch.arange(32.0).view(4, 8)
+    x[0, 0, 1:] = grid.flatten(0, 1)
+    out, _ = of_squares(tiny_config).eval().after_block(1, x, None, TokenState(num_class_tokens=1, grid=(4, 8)))
+    assert out[0, 0, 1:, 1].tolist() == [12, 13, 20, 21]
+
+
+def test_frames_that_are_all_kept_are_left_alone(tiny_config):
+    """In training too, where choosing them would cost noise and give their scorer a gradient."""
+    stts = STTS(tiny_config().tower, [], temporal=[[1, 1]]).train()
+    x = torch.randn(2, 4, 5, 48)
+    out, _ = stts.after_block(1, x, None, TokenState(num_class_tokens=1, grid=(2, 2)))
+    assert torch.equal(out, x) and not out.requires_grad
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5])
+def test_frames_are_dropped_whatever_the_number_of_their_tokens(tokens, tiny_config):
+    stts = STTS(tiny_config().tower, [], temporal=[[1, 0.5]]).eval()
+    x = torch.randn(2, 8, tokens, 48)
+    out, _ = stts.after_block(1, x, None, TokenState(num_class_tokens=1, grid=(1, tokens - 1)))
+    assert out.shape == (2, 4, tokens, 48)
+
+
 @pytest.mark.parametrize("n", [1, 3, 7])
 def test_num_samples_is_the_number_of_draws(n, tiny_config):
     stts = STTS(tiny_config().tower, [], temporal=[[1, 0.5]], num_samples=n, sigma=2.0).train()
