@@ -10,6 +10,7 @@ from hf_inti.hosts.sta import Prune
 from hf_inti.measure.redundancy import gradient_norm, trajectory_sum
 from hf_inti.model.compression_sta import PRIME, STA, cells_for, draw_for, dropped_tokens, prune, scramble
 from hf_inti.model.methods import TokenState
+from reference import sta as slow
 
 
 def order_of_draws(x: torch.Tensor, N: int) -> torch.Tensor:
@@ -104,6 +105,30 @@ def test_first_frame_on_clip_goes_by_places(direction, first_frame, tiny_config)
             assert set(best.values()) <= set(lost)
         for k, place in enumerate(new.positions[b, t].tolist()):  # the token at each place is the one that was there
             assert torch.equal(out[b, t, 1 + k], x[b, t, 1 + positions[b, t].tolist().index(place)])
+
+
+@pytest.mark.parametrize("first_frame", ["random", "grid"])
+def test_tokens_that_were_not_pruned_before_are_at_their_places(first_frame, tiny_config):
+    sta = STA(tiny_config().tower, [], r=5, first_frame=first_frame).eval()
+    x = torch.randn(2, 3, 17, 48)
+    state = TokenState(num_class_tokens=1, grid=(4, 4))
+    wanted, _ = sta.after_block(1, x, x, state._replace(positions=torch.arange(16).expand(2, 3, -1)))
+    assert torch.equal(sta.after_block(1, x, x, state)[0], wanted)
+
+
+@pytest.mark.parametrize("scores", ["both", "temporal"])
+def test_scores_of_a_long_clip_stay_finite(scores):
+    """What is accumulated keeps its sum, frame after frame."""
+    x, metric = torch.randn(1, 16, 12, 4), torch.randn(1, 16, 12, 6)
+    assert prune(x, metric, 3, scores=scores)[0].tolist() == slow.prune(x[0], metric[0], 3, "F", scores)
+
+
+def test_of_equal_tokens_the_first_are_kept():
+    same, draw = torch.ones(1, 2, 80, 4), torch.zeros(1, 80)
+    kept = prune(same, same, 30, scores="semantic")[0].tolist()
+    assert kept == slow.prune(same[0], same[0], 30, "F", "semantic")
+    assert kept == [[*range(1, 80, 2), *range(0, 20, 2)], [*range(50)]]
+    assert prune(same, same, 30, first_frame="random", draw=draw)[0, 0].tolist() == [*range(50)]
 
 
 def videomae(**options):
