@@ -15,7 +15,16 @@ from hf_inti.model.adaptation_st_adapter import STAdapter
 from hf_inti.model.adaptation_uniformerv2 import UniFormerV2
 from hf_inti.model.adaptation_zeroi2v import ZeroI2V, head_groups
 from hf_inti.model.compression_inti import InTI, InTICompression, LocalMHRA
-from hf_inti.model.compression_sta import PRIME, STA, cells_for, draw_for, prune, scramble, semantic_importance
+from hf_inti.model.compression_sta import (
+    PRIME,
+    STA,
+    cells_for,
+    draw_for,
+    first_frame_order,
+    prune,
+    scramble,
+    semantic_importance,
+)
 from hf_inti.model.compression_stts import CHUNK, STTS, perturbed_topk
 from hf_inti.model.compression_tome import ToMe, bipartite_soft_matching, kth_bipartite_soft_matching, merge, r_schedule
 from hf_inti.model.fast_paths import Optimizable, fused_linear, has_hooks, pack_parameters, packed_view
@@ -98,8 +107,9 @@ def test_conv_pooling_kernels_that_are_refused(size, tiny_config):
 def test_parts_of_heads():
     assert head_groups({"1": 1 / 12, "-2": 4 / 3}, 4, 48) == [(1, 1), (-2, 16)]
     assert head_groups([[2, 1], [-1, 3]], 4, 48) == [(2, 12), (-1, 36)]
-    with pytest.raises(ValueError, match="must map offsets"):
-        head_groups({"1": 1 / 24}, 4, 48)
+    for number in (1 / 24, float("nan"), True):
+        with pytest.raises(ValueError, match="must map offsets"):
+            head_groups({"1": number}, 4, 48)
 
 
 @pytest.mark.parametrize("adaptation", ["aim", "zeroi2v"])
@@ -127,19 +137,20 @@ def test_scramble_is_a_fifth_power():
 
 
 def test_draws_follow_four_mean_features():
-    x = torch.randn(2, 6, 17)
     places = torch.tensor([[0, 3, 5, 1, 2, 4], [5, 4, 3, 2, 1, 0]])
-    draws = draw_for(x, places, training=False)
-    for b in range(2):
-        scale, seed = x[b].abs().mean(), torch.tensor([0])
-        for channel in (0, 4, 8, 12):  # a quarter of 17 apart, and not the fifth
-            level = torch.round(x[b, :, channel].mean() / scale * 64).long()
-            seed = scramble(seed + level)
-        for k in range(6):
-            wanted = scramble(seed + scramble(places[b, k : k + 1])) / PRIME
-            torch.testing.assert_close(draws[b, k : k + 1], wanted)
-    narrow = draw_for(x[..., :3], places, training=False)
-    assert narrow.shape == (2, 6) and draw_for(torch.zeros(1, 6, 8), places[:1], False).isfinite().all()
+    # Of 17 channels those a quarter apart, and not the fifth.
+    for width, channels in ((17, (0, 4, 8, 12)), (5, (0, 1, 2, 3)), (3, (0, 1, 2))):
+        x = torch.randn(2, 6, width)
+        draws = draw_for(x, places, training=False)
+        for b in range(2):
+            scale, seed = x[b].abs().mean(), torch.tensor([0])
+            for channel in channels:
+                level = torch.round(x[b, :, channel].mean() / scale * 64).long()
+                seed = scramble(seed + level)
+            for k in range(6):
+                wanted = scramble(seed + scramble(places[b, k : k + 1])) / PRIME
+                torch.testing.assert_close(draws[b, k : k + 1], wanted)
+    assert draw_for(torch.zeros(1, 6, 8), places[:1], False).isfinite().all()
 
 
 def test_equal_tokens_are_equally_important():
@@ -171,6 +182,25 @@ def test_tome_protects_both_tokens_in_front():
         assert order == sorted(order) and all(t >= 2 for t in order)
         assert sorted(set(matching.target[b].tolist())) == list(range(6))
     torch.testing.assert_close(out.sum(dim=1), x.sum(dim=1))
+
+
+def test_tome_protects_no_token_unless_told():
+    matching = bipartite_soft_matching(torch.randn(2, 6, 5), 3)
+    assert matching.num_tokens == 3 and matching.src_idx.sort().values.tolist() == [[0, 1, 2]] * 2
+
+
+def test_of_equal_tokens_tome_merges_the_first():
+    matching = bipartite_soft_matching(torch.ones(1, 80, 4), 10)
+    assert matching.src_idx.tolist() == [[*range(10)]] and matching.unm_idx.tolist() == [[*range(10, 40)]]
+
+
+@pytest.mark.parametrize("class_tokens, left", [(0, 4), (1, 5), (2, 5)])
+def test_tome_protects_the_class_tokens_of_its_state(class_tokens, left, tower):
+    x = torch.randn(1, 2, 8, 48)
+    state = TokenState(num_class_tokens=class_tokens, grid=(1, 8 - class_tokens))
+    out, state = ToMe(tower, [], r=8).inside_block(1, x, x, state)
+    assert out.shape == (1, 2, left, 48) and state.positions.shape == (1, 2, left - class_tokens)
+    assert torch.equal(out[:, :, :class_tokens], x[:, :, :class_tokens])
 
 
 def test_every_kth_token():
@@ -252,6 +282,14 @@ def test_labels_at_both_ends(tiny_config):
     for label in (5, -1):
         with pytest.raises(ValueError, match="from 0 to 4"):
             model(x, labels=torch.tensor([label]))
+    model._check_labels(torch.tensor([5], device="meta"))  # off the CPU they are not read
+
+
+def test_targets_of_a_regression_may_be_any_numbers(tiny_config):
+    model = InTIClipForVideoClassification(tiny_config(problem_type="regression"))
+    targets = torch.tensor([[7.5, -3.0, 0.0, 1.0, 5.0]])
+    out = model(torch.randn(1, 8, 3, 32, 32), labels=targets)
+    torch.testing.assert_close(out.loss, nn.functional.mse_loss(out.logits, targets))
 
 
 def test_a_configuration_takes_the_smallest_values():
@@ -273,6 +311,38 @@ def test_adapter_defaults(tower):
     assert aim.scale == 0.5 and aim.temporal_in is None and aim.spatial[0].down.out_features == tower.hidden_size // 4
     st_adapter = STAdapter(tower._replace(hidden_size=36))
     assert st_adapter.pre_mlp[0].down.out_features == 18 and len(st_adapter.pre_mlp) == tower.num_hidden_layers
+    assert UniFormerV2(tower._replace(hidden_size=36), local="single").local1[0].reduce.out_features == 24
+
+
+def test_adapter_defaults_fit_all_but_the_narrowest_towers(tower):
+    UniFormerV2.check_options(tower._replace(hidden_size=2))
+    with pytest.raises(ValueError, match="reduction must be"):
+        UniFormerV2.check_options(tower._replace(hidden_size=1))
+    AIM.check_options(tower._replace(hidden_size=4))
+    with pytest.raises(ValueError, match="at least one channel of 3"):
+        AIM.check_options(tower._replace(hidden_size=3))
+
+
+def test_merged_weights_stay_frozen(tiny_config):
+    model = InTIClipVisionModel(tiny_config(compression="none", adaptation="zeroi2v"))
+    model.merge_adapters()
+    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # but asked for by peft
+def test_models_checkpoint_nothing_at_first(tiny_config):
+    assert not InTIClipVisionModel(tiny_config()).is_gradient_checkpointing
+
+
+def test_optimised_mlp_takes_tokens_of_any_shape(tiny_config):
+    mlp = InTIClipVisionModel(tiny_config()).eval().encoder.layers[0].mlp
+    x = torch.randn(2, 3, 5, 48)
+    with torch.no_grad():
+        wanted = mlp(x)
+        mlp.optimize()
+        torch.testing.assert_close(mlp(x), wanted)
+        torch.testing.assert_close(mlp(x[1]), wanted[1])
+        torch.testing.assert_close(mlp(x[1, 2]), wanted[1, 2])
 
 
 def test_uniformerv2_reads_a_share_of_the_blocks_and_at_least_one(tower):
@@ -448,10 +518,18 @@ def test_dense_clips_of_short_videos_start_at_the_first_frame():
         assert sample_indices(4, num_frames=2, sampling="dense", frame_stride=2, generator=generator) == [0, 2]
 
 
+def test_the_last_point_of_a_video_is_in_its_last_frame(monkeypatch):
+    """The largest number below 1 that can be drawn, which is lost when segments are added to it."""
+    monkeypatch.setattr(torch, "rand", lambda n, dtype, **kwargs: torch.full((n,), 1 - 2**-53, dtype=dtype))
+    assert sample_indices(8, num_frames=4, generator=torch.Generator())[-1] == 7
+
+
 def test_one_number_is_the_short_side():
     frames = torch.zeros(2, 3, 8, 16, dtype=torch.uint8)
     processor = InTIClipVideoProcessor(num_frames=2)
     assert processor(frames, size=4, do_center_crop=False).pixel_values.shape[-2:] == (4, 8)
+    processor = InTIClipVideoProcessor(num_frames=2, size=4)
+    assert processor(frames, do_center_crop=False).pixel_values.shape[-2:] == (4, 8)
 
 
 def test_frames_without_a_clear_channel_axis():
@@ -508,8 +586,10 @@ def test_options_of_the_processor_at_their_edges():
     processor = InTIClipVideoProcessor(num_frames=1, size=8, crop_size=8)
     plain = processor(frames).pixel_values
     assert torch.equal(processor(frames, _private=1).pixel_values, plain)
-    with pytest.raises(ValueError, match="do_pad must be False, got True"):
-        processor(frames, do_pad=True)
+    for name in ("do_pad", "default_to_square"):
+        assert torch.equal(processor(frames, **{name: False}).pixel_values, plain)
+        with pytest.raises(ValueError, match=f"{name} must be False, got True"):
+            processor(frames, **{name: True})
     with pytest.raises(TypeError):
         sample_indices(4, 2)
 
@@ -528,12 +608,13 @@ def test_options_of_interpolation_are_keywords():
     assert InTI(64, 16).position.P.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel_size", [(1, 5, 5), (3, 5, 3), (5, 1, 1), (5, 3, 5)])
-def test_depthwise_convolution_pads_by_its_kernel(kernel_size):
+def test_depthwise_convolution_pads_by_its_kernel(kernel_size, stride):
     torch.manual_seed(0)
     padding = [size // 2 for size in kernel_size]
-    conv = nn.Conv3d(4, 4, kernel_size, padding=padding, groups=4).double()
-    x = torch.randn(2, 3, 6, 7, 4, dtype=torch.float64)
+    conv = nn.Conv3d(4, 4, kernel_size, stride=(stride, 1, 1), padding=padding, groups=4).double()
+    x = torch.randn(2, 3 * stride, 6, 7, 4, dtype=torch.float64)
     wanted = conv(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
     torch.testing.assert_close(depthwise_conv3d(x, conv), wanted)
 
@@ -551,6 +632,8 @@ def test_perturbed_top_k_draws_in_parts():
     """More draws than are made at once: the indicators of the soft selection still sum to one for each rank."""
     indicators = perturbed_topk(torch.rand(1, 5), 2, 0.1, num_samples=2 * CHUNK + 3)
     torch.testing.assert_close(indicators.sum(dim=-1), torch.ones(1, 2))
+    counts = 500 * perturbed_topk(torch.rand(1, 5), 2, 0.5)  # by default so many draws
+    torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-3)
 
 
 def test_kernels_of_adapters_have_three_odd_sizes(tower):
@@ -564,6 +647,7 @@ def test_first_frame_of_two_tokens_loses_the_even_one():
     x, metric = torch.randn(1, 1, 2, 5), torch.randn(1, 1, 2, 6)
     assert prune(x, metric, 1).tolist() == [[[1]]]
     assert prune(x[:, :, :1], metric[:, :, :1], 0).tolist() == [[[0]]]
+    assert first_frame_order(torch.randn(2, 1, 1), "tome", None).tolist() == [[0], [0]]
 
 
 def test_stride_of_squares_may_be_left_to_stts(tower):
