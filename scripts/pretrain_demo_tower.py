@@ -33,6 +33,8 @@ class Arguments:
     num_epochs: int = field(default=4)
     batch_size: int = field(default=128, metadata={"help": "Images per step and process."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Reached after a tenth of the steps."})
+    image_size: int = field(default=32, metadata={"help": "Pixels of a side."})
+    patch_size: int = field(default=8, metadata={"help": "Pixels of a side; divides image_size."})
 
 
 def render_dataset(seed, split, num_scenes, size):
@@ -48,6 +50,8 @@ def render_dataset(seed, split, num_scenes, size):
 
 
 def main(arguments):
+    if arguments.image_size % arguments.patch_size:
+        raise SystemExit(f"patch_size must divide image_size ({arguments.image_size}), got {arguments.patch_size}.")
     accelerator = Accelerator()
     set_seed(arguments.seed)
     config = CLIPVisionConfig(
@@ -55,8 +59,8 @@ def main(arguments):
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
+        image_size=arguments.image_size,
+        patch_size=arguments.patch_size,
         hidden_act="quick_gelu",
     )
     tower = CLIPVisionModel(config)
