@@ -90,6 +90,14 @@ class PreHook(Hook):
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
 
+class Forward(Hook):
+    """In the place of a module's forward, as an attribute of the instance: its class, weights and hooks stay."""
+
+    def register(self, module: nn.Module) -> None:
+        self.module = module
+        module.forward = self
+
+
 class Begin(PreHook):
     """On the encoder: begins a trace."""
 
@@ -141,6 +149,7 @@ class BaseHost:
     takes_bias = False  # whether attention takes a bias on its keys, see `check_bias`
     any_length = False  # whether a clip may have another number of frames than the configuration says
     refuses: dict[str, str] = {}  # methods that do not fit, with the reason
+    files: dict[str, str] = {}  # of the methods that have a file of their own for this host
     grid: tuple[int, int, int]  # T, rows and columns of the patches of a clip
     depth: int
     heads: int
@@ -208,6 +217,8 @@ class BaseHost:
             for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
                 if isinstance(hook, Hook):
                     hook.handle.remove()
+            if isinstance(vars(module).get("forward"), Forward):
+                del module.forward
 
 
 def first(output) -> torch.Tensor:
