@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from hf_inti.hosts import compress
+from hf_inti.hosts import compress, parameter_groups
 from hf_inti.hosts.contract import Hook
 from hf_inti.measure.costs import count_flops
 from reference.videoswin import videoswin
@@ -28,6 +28,14 @@ STA = [
     {"r": [9, 5, 1], "similarity": "ffn", "scores": "semantic", "order": "B-F-B"},
 ]
 RANDOM = {"r": 13, "first_frame": "random"}
+STTS = [
+    {"temporal": [[0, 0.7]]},
+    {"temporal": [[1, 0.7]], "spatial": [[2, 0.4]]},
+    {"spatial": [[0, 0.9], [1, 0.6]], "scorer": "paper"},
+    {"spatial": [[1, 0.6]], "unit": "token"},
+    {"spatial": [[1, 0.6]], "score": "anchor"},
+]
+SQUARES = (3, 6, 48, 48)  # for grids of STTS's reference, which are square: 12 x 12, 6 x 6, 3 x 3, 2 x 2
 
 
 def build(dtype=torch.float64):
@@ -79,6 +87,50 @@ def test_sta_is_its_reference(options):
     assert_close(got, wanted, rtol=0, atol=1e-10)
     assert (got - plain).abs().max() > 1e-3
     assert_close(logits(model, x[1:]), got[1:], rtol=0, atol=1e-12)  # clips do not see each other
+
+
+def selected(dtype=torch.float64, **options):
+    """STTS with scorers as random as the rest."""
+    model = compress(build(dtype), "stts", **options)
+    with torch.no_grad():
+        for value in model.compression.parameters():
+            value.add_(torch.randn_like(value) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("options", STTS, ids=str)
+def test_stts_is_its_reference(options):
+    model, x = selected(**options), torch.randn(2, *SQUARES, dtype=torch.float64)
+    got = logits(model, x)
+    assert_close(got, videoswin(x, model.state_dict(), CONFIG, **options), rtol=0, atol=1e-10)
+    assert (got - logits(compress(model, None), x)).abs().max() > 1e-3
+
+
+def test_stts_on_any_grid():
+    """The square of at most so many patches that fits."""
+    model, shapes = selected(temporal=[[0, 0.7]], spatial=[[0, 0.9], [2, 0.5]]), []
+    for stage in model.features[0::2]:
+        stage.register_forward_hook(lambda stage, args, output: shapes.append(tuple(output.shape[1:4])))
+    logits(model, clips())
+    assert shapes == [(2, 10, 10), (2, 5, 5), (2, 2, 2), (2, 1, 1)]
+
+
+def test_stts_trains_and_comes_back():
+    model, x = build(), clips()
+    plain, keys = logits(model, x), list(model.state_dict())
+    model = selected(**STTS[1], num_samples=20).train()
+    groups = parameter_groups(model, lr=3e-4)
+    assert [group["lr"] for group in groups] == pytest.approx([3e-4, 3e-6])
+    nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    own = [p for name, p in model.compression.named_parameters() if not name.endswith("score.bias")]
+    assert len(own) > 10 and all(p.grad.abs().max() > 0 for p in own)
+    got = logits(model.eval(), x)
+    loaded = compress(build(), "stts", **STTS[1])
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(logits(loaded, x), got)
+    for back in ({"method": "stts", "temporal": [[0, 1]]}, {"method": "sta", "r": 0}, {"method": None}):
+        assert torch.equal(logits(compress(copy.deepcopy(loaded), **back), x), plain)
+    assert list(compress(loaded, None).state_dict()) == keys and not hooks_of(loaded)
 
 
 @pytest.mark.parametrize("first_frame", ["random", "grid"])
@@ -174,8 +226,9 @@ def test_threads_share_a_model():
 
 
 @pytest.mark.slow
-def test_compiled():
-    model, x = compress(build(), "sta", r=13), clips()
+@pytest.mark.parametrize("method, options", [("sta", {"r": 13}), ("stts", STTS[1])])
+def test_compiled(method, options):
+    model, x = compress(build(), method, **options), clips()
     wanted = logits(model, x)
     model.compile(fullgraph=True, backend="aot_eager")
     assert_close(logits(model, x), wanted)
@@ -209,7 +262,9 @@ def test_bfloat16():
         ("sta", {"r": [1, 2]}, r"list of three on VideoSwin, got \[1, 2\]"),
         ("sta", {"r": [1, 2, -1]}, "list of three on VideoSwin"),
         ("sta", {"order": "forward"}, "order must be"),
-        ("tome", {}, "method must be sta on VideoSwin, got 'tome'; windows need a token at every place"),
+        ("stts", {"temporal": [[4, 0.5]]}, r"list of pairs \[stage from 0 to 3, .* on VideoSwin, each stage once"),
+        ("stts", {"spatial": [[1, 0.5]], "choice": "attention"}, "got VideoSwin, without one; choose 'stts'"),
+        ("tome", {}, "method must be sta, stts on VideoSwin, got 'tome'; windows need a token at every place"),
     ],
 )
 def test_bad_options_are_refused_and_change_nothing(method, options, words):

@@ -98,6 +98,13 @@ class Forward(Hook):
         module.forward = self
 
 
+class MethodWeights(nn.Module):
+    """The weights of a method that has some: `model.compression`, while the method is on."""
+
+    def set_progress(self, progress: float) -> None:
+        """Update anything scheduled over training; `progress` runs from 0 to 1."""
+
+
 class Begin(PreHook):
     """On the encoder: begins a trace."""
 
@@ -148,7 +155,7 @@ class BaseHost:
     class_tokens = 0
     takes_bias = False  # whether attention takes a bias on its keys, see `check_bias`
     any_length = False  # whether a clip may have another number of frames than the configuration says
-    refuses: dict[str, str] = {}  # methods that do not fit, with the reason
+    refuses: dict[str, str] = {"stts": "here it is on the hosts of its paper, VideoSwin and MViT"}  # with the reason
     files: dict[str, str] = {}  # of the methods that have a file of their own for this host
     grid: tuple[int, int, int]  # T, rows and columns of the patches of a clip
     depth: int
@@ -213,6 +220,8 @@ class BaseHost:
             hook.register(module)
 
     def take_off(self, model: nn.Module) -> None:
+        if isinstance(getattr(model, "compression", None), MethodWeights):
+            del model.compression
         for module in model.modules():
             for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
                 if isinstance(hook, Hook):

@@ -158,6 +158,8 @@ class Host(BaseHost):
     name = "VideoSwin"
     refuses = {"tome": "windows need a token at every place, and merged ones have none"}
     files = {"sta": "sta_windows"}
+    unit = "stage"
+    stts_default = [[0, 0.6]], []
 
     def __init__(self, model: nn.Module):
         self.depth = len(self.stages(model))
@@ -171,6 +173,20 @@ class Host(BaseHost):
     def merges(model: nn.Module) -> list[nn.Module]:
         """What follows each stage but the last: joins each two by two tokens of a frame into one."""
         return list(model.features[1::2])
+
+    def blocks_to_select(self, model: nn.Module) -> list[nn.Module]:
+        """The first block of each stage, before which STTS may stand."""
+        return [stage[0] for stage in self.stages(model)]
+
+    @staticmethod
+    def open(args):
+        """What a block gets -> nothing, its grid (B, T, N, C), and (H, W)."""
+        return None, args[0].flatten(2, 3), args[0].shape[2:4]
+
+    @staticmethod
+    def close(args, rest: None, x: torch.Tensor, grid: tuple[int, int]):
+        """The reverse of `open`, with another grid."""
+        return (x.unflatten(2, grid), *args[1:])
 
     def pruned_stage(self, blocks: nn.Sequential, current: Current, last: bool) -> list[tuple[nn.Module, Hook]]:
         """Hooks on the blocks of a stage in which tokens are missing; of the `last` stage the last block ends it."""

@@ -1,7 +1,8 @@
-"""VideoSwin as slow loops in float64, with STA.
+"""VideoSwin as slow loops in float64, with STA and STTS.
 
 Sources: "Video Swin Transformer" and torchvision's parameters; STA, section 4: dropped places get the nearest kept
-token in window attention, tokens leave after the merging at the end of stages 1 to 3 (`sta_windows.py` says why there).
+token in window attention, tokens leave after the merging at the end of stages 1 to 3 (`sta_windows.py` says why there);
+STTS, section 4.2, which selects in front of a stage.
 
 Letters: T frames, H rows and W columns of a stage's grid, C width. A clip's tokens are a dict from (t, row, column) to
 a vector (C,), which holds the kept places alone. `params` is the float64 state_dict of torchvision's SwinTransformer3d;
@@ -15,6 +16,7 @@ import torch
 
 from .hosts import norm, project
 from .inti import gelu, softmax
+from .mvit import select
 from .sta import prune
 
 
@@ -152,13 +154,23 @@ def sta(tokens, features, grid, r, direction, scores):
     }
 
 
-def videoswin(pixel_values, params, config, r=(0, 0, 0), order="F-B-F", similarity="key", scores="both"):
-    """Clips (B, 3, frames, height, width) -> logits (B, classes); `r`: tokens of a frame that stages 1 to 3 drop."""
+def videoswin(
+    pixel_values, params, config, r=(0, 0, 0), order="F-B-F", similarity="key", scores="both",
+    temporal=(), spatial=(), scorer="released", **options,
+):  # fmt: skip
+    """Clips (B, 3, frames, height, width) -> logits (B, classes).
+
+    STA's `r`: tokens of a frame that stages 1 to 3 drop. STTS's `temporal` and `spatial`: pairs [stage from 0, share].
+    """
     order = order.split("-") if "-" in order else [order] * 3
+    plans = [{i: (j, share) for j, (i, share) in enumerate(plan)} for plan in (temporal, spatial)]
     logits = []
     for clip in pixel_values:
         tokens, grid = embed(clip, params, config["patch"])
         for s, (depth, heads) in enumerate(zip(config["depths"], config["heads"], strict=True)):
+            if s in plans[0] or s in plans[1]:
+                two = [plan.get(s) for plan in plans]
+                tokens, grid = select(tokens, grid, None, params, *two, scorer, **options)
             for i in range(depth):
                 name = f"features.{2 * s}.{i}"
                 tokens, features = block(tokens, grid, params, name, heads, config["window"], i % 2 == 1)
