@@ -70,8 +70,8 @@ def host_rows(table: HostTable) -> list[list[str]]:
             if counted is None:
                 lines.append([*first, "-", "-", "torchvision"])
                 continue
-            share = 100 * (counted / row.gflops - 1)
-            lines.append([*first, f"{counted:.1f}", f"{round(share, 1) + 0.0:+.1f}%", row.reason])
+            share = 100 * (counted * row.views / row.gflops - 1)
+            lines.append([*first, f"{counted * row.views:.1f}", f"{round(share, 1) + 0.0:+.1f}%", row.reason])
     return lines
 
 

@@ -18,6 +18,10 @@ def build_host(kind: str, sizes: dict, frames: int) -> tuple[nn.Module, torch.Te
             config = VideoMAEConfig(**sizes, num_frames=frames)
             model = VideoMAEForVideoClassification._from_config(config, attn_implementation="eager")
             clip = torch.empty(1, frames, 3, 224, 224)
+        elif kind == "MViT":
+            from torchvision.models.video import mvit_v1_b
+
+            model, clip = mvit_v1_b(**sizes), torch.empty(1, 3, frames, 224, 224)
         else:
             from torchvision.models.video.swin_transformer import SwinTransformer3d
 
