@@ -28,6 +28,7 @@ RUN = .venv/bin/python
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
 	$(PIP) -e ".[test]"
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX),$(PIP)) --no-deps --upgrade --target .venv/torchvision torchvision
 	@touch $@
 
 demo: .venv/installed

@@ -35,6 +35,7 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "export": EXPORT,
+        "hosts": ["torchvision>=0.26"],
         "mutants": ["cosmic-ray>=8.7", "pytest-cov>=7"],
         "test": [
             *TRAIN,

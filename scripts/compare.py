@@ -8,28 +8,29 @@ device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what f
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from itertools import groupby
 from pathlib import Path
 from textwrap import fill
 
-import torch
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-
 from hf_inti import InTIClipVisionConfig
-from hf_inti.hosts import compress
-from hf_inti.measure.costs import count_costs, count_flops
+from hf_inti.comparison.host_costs import count_host
+from hf_inti.measure.costs import count_costs
 from hf_inti.measure.jobs import write_json
 from hf_inti.measure.records import provenance, source_line
 from hf_inti.measure.tables import markdown_table
-from hf_inti.papers.published import REASONS, TABLES, TOWERS, VIDEOMAE, Table
+from hf_inti.papers.published import REASONS, TABLES, TOWERS, Table
+from hf_inti.papers.published_hosts import HOST_MODELS, HOST_REASONS, HOST_TABLES, HostTable
 from hf_inti.training.cli import run_script
 
 
 HEADS = ["model", "size", "reading", "GFLOPs", "GMACs", "diff", "M", "ours", "diff", "why"]
+HOST_HEADS = ["model", "setting", "GFLOPs", "ours", "diff", "why"]
 INTRODUCTION = """\
 GFLOPs and M (millions of parameters) are the InTI paper's; GMACs and what follows M are ours: multiply-adds with
 attention's two products, without norms, activations, softmax and weighted sums. A reading is a configuration that the
 row may mean, the first the likeliest; temp is UniFormerV2's modules. Positions of L/14 are twice those named. Why
-differences above 0.5 remain is told below, under the name in the last column.
+differences above 0.5 remain is told below, under the name in the last column. The papers of STA and STTS count norms,
+so in their tables we do too.
 """
 
 
@@ -55,25 +56,23 @@ def rows_of(table: Table) -> list[list[str]]:
     return lines
 
 
-def videomae_gmacs(sizes: dict, rates: list[int]) -> list[float]:
-    """Multiply-adds and norms, in billions, of a VideoMAE on 16 x 224 x 224 with each r of STA.
-
-    Its paper counts with fvcore, which takes a LayerNorm for 5 operations an element, so this does too.
-    """
-    config = VideoMAEConfig(**sizes, intermediate_size=4 * sizes["hidden_size"], num_labels=400)
-    with torch.device("meta"):
-        model = VideoMAEForVideoClassification._from_config(config, attn_implementation="eager").eval()
-        model.requires_grad_(False)
-        pixel_values = torch.empty(1, config.num_frames, config.num_channels, config.image_size, config.image_size)
-    norms, counts = [], []
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.register_forward_hook(lambda module, args, output: norms.append(5 * output.numel()))
-    for r in rates:
-        norms.clear()
-        counter = count_flops(compress(model, "sta", r=r), pixel_values)
-        counts.append((counter.get_total_flops() / 2 + sum(norms)) / 1e9)
-    return counts
+def host_rows(table: HostTable) -> list[list[str]]:
+    """A line for each row, counts of one model together; without torchvision its models' are missing."""
+    lines = []
+    for name, group in groupby(table.rows, key=lambda row: row.model):
+        rows = list(group)
+        try:
+            counts = count_host(HOST_MODELS[name], [(row.method, row.options) for row in rows])
+        except ImportError:
+            counts = [None] * len(rows)
+        for row, counted in zip(rows, counts, strict=True):
+            first = [name, row.setting, str(row.gflops)]
+            if counted is None:
+                lines.append([*first, "-", "-", "torchvision"])
+                continue
+            share = 100 * (counted * row.views / row.gflops - 1)
+            lines.append([*first, f"{counted * row.views:.1f}", f"{round(share, 1) + 0.0:+.1f}%", row.reason])
+    return lines
 
 
 def short_table() -> list[list[str]]:
@@ -104,11 +103,7 @@ def cost_tables() -> list[tuple[str, list[list[str]], set[int]]]:
     """Title, rows with their heads first, and the columns of text, of every table."""
     tables = [("InTI on Kinetics-400", short_table(), {0, 1})]
     tables += [(table.title, [HEADS, *rows_of(table)], {0, 1, 2, 9}) for table in TABLES]
-    rows = [["model", "r", "GFLOPs", "GMACs", "diff"]]
-    for name, (sizes, published) in VIDEOMAE.items():
-        for (r, gflops), gmacs in zip(published.items(), videomae_gmacs(sizes, list(published)), strict=True):
-            rows.append([name, str(r), *beside(gflops, gmacs)])
-    tables.append(("Table 2 of the STA paper: VideoMAE, r tokens of a frame dropped at the first stage", rows, {0}))
+    tables += [(table.title, [HOST_HEADS, *host_rows(table)], {0, 1, 5}) for table in HOST_TABLES]
     parts = count_costs(InTIClipVisionConfig(**TOWERS["B/16"], num_labels=400)).items()
     rows = [[part, f"{cost.gmacs:.2f}", f"{cost.mparams:.2f}"] for part, cost in parts]
     tables.append(("InTI-B 5,7 by part", [["part", "GMACs", "M params"], *rows], {0}))
@@ -122,9 +117,8 @@ def costs(output_dir: str | None) -> None:
     for title, rows, texts in tables:
         text += f"\n{title}\n\n{markdown_table(rows[0], rows[1:], texts)}"
     text += "\nWhy:\n"
-    for name, reason in REASONS.items():
+    for name, reason in (REASONS | HOST_REASONS).items():
         text += fill(f"- {name}: {reason}", width=120, subsequent_indent="  ") + "\n"
-    text += "\nSTA's table counts norms (0.1 to 0.7), as its paper does, which rounds some figures and cuts others.\n"
     print(text)
     if output_dir is not None:
         folder = Path(output_dir)

@@ -10,6 +10,7 @@ import pytest
 from hf_inti import InTIClipVisionConfig
 from hf_inti.measure.costs import count_costs
 from hf_inti.papers.published import REASONS, TABLES
+from hf_inti.papers.published_hosts import HOST_REASONS, HOST_TABLES, HostTable
 
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "compare.py")
@@ -111,21 +112,6 @@ def script():
     return types.SimpleNamespace(**runpy.run_path(SCRIPT))
 
 
-VIDEOMAE = {  # GFLOPs at r 0, 32, 48, 64: Table 2 of the STA paper
-    (384, 12, 6): (57, 42, 35, 29),
-    (768, 12, 12): (180, 136, 116, 96),
-    (1024, 24, 16): (597, 446, 376, 308),
-    (1280, 32, 16): (1192, 890, 748, 611),
-}
-
-
-@pytest.mark.parametrize("sizes", VIDEOMAE)
-def test_table_2_of_sta(script, sizes):
-    options = dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads"), sizes, strict=True))
-    counted = script.videomae_gmacs(options, [0, 32, 48, 64])
-    assert counted == pytest.approx(VIDEOMAE[sizes], abs=1.0)
-
-
 @pytest.fixture(scope="module")
 def tables(script):
     """Each table's lines as `compare.py` prints them."""
@@ -182,8 +168,8 @@ def test_costs_prints_tables(monkeypatch, capsys):
     script = runpy.run_path(SCRIPT)
     main = script["main"]
     monkeypatch.setitem(main.__globals__, "TABLES", TABLES[4:5])
-    few = {"tiny": ({"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}, {0: 1, 32: 0})}
-    monkeypatch.setitem(main.__globals__, "VIDEOMAE", few)
+    few = HostTable("Few", HOST_TABLES[0].rows[:2])
+    monkeypatch.setitem(main.__globals__, "HOST_TABLES", [few])
     monkeypatch.setitem(main.__globals__, "short_table", lambda: [["model"], ["InTI-B"]])  # the README's
     monkeypatch.setattr(sys, "argv", ["compare.py", "costs"])
     main()
@@ -194,8 +180,8 @@ def test_costs_prints_tables(monkeypatch, capsys):
     assert len(block) == 12 and len({len(line) for line in block}) == 1 and set(block[1]) <= set("|-: ")
     bars = [[i for i, letter in enumerate(line) if letter == "|"] for line in block]
     assert all(places == bars[0] for places in bars)
-    assert sum(line.startswith("| tiny ") for line in lines) == 2
-    for name in REASONS:
+    assert sum(line.startswith("| ViT-S ") for line in lines) == 2
+    for name in REASONS | HOST_REASONS:
         assert f"\n- {name}: " in out
     for wanted in ("appendix B", "linearpooling costs nothing", "378", "163 M the released model", "182.24"):
         assert wanted.lower() in " ".join(out.lower().split()), wanted

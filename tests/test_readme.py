@@ -19,6 +19,7 @@ from hf_inti.measure.costs import count_costs
 from hf_inti.model.adaptation import ADAPTATIONS
 from hf_inti.model.compression import COMPRESSIONS
 from hf_inti.papers.published import TABLES, TOWERS
+from torchvision_models import load
 
 
 ROOT = Path(__file__).parent.parent
@@ -117,10 +118,17 @@ def test_readme_python(places, capsys):
 
 
 def test_methods_python(places):
-    names = run("methods.md")
+    names = run("methods.md", lambda block: "torchvision" not in block)
     assert (places / "adapters").is_dir()
     assert names["model"].config.adaptation_options["merged"]
     assert not names["videomae"].videomae.encoder.layer[0]._forward_hooks
+
+
+def test_methods_python_on_torchvision():
+    load()
+    names = run("methods.md", lambda block: "torchvision" in block)
+    sigmas = [selection.topk.sigma.item() for selection in names["mvit"].compression.temporal]
+    assert sigmas == pytest.approx([0.05])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own

@@ -90,6 +90,21 @@ class PreHook(Hook):
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
 
+class Forward(Hook):
+    """In the place of a module's forward, as an attribute of the instance: its class, weights and hooks stay."""
+
+    def register(self, module: nn.Module) -> None:
+        self.module = module
+        module.forward = self
+
+
+class MethodWeights(nn.Module):
+    """The weights of a method that has some: `model.compression`, while the method is on."""
+
+    def set_progress(self, progress: float) -> None:
+        """Update anything scheduled over training; `progress` runs from 0 to 1."""
+
+
 class Begin(PreHook):
     """On the encoder: begins a trace."""
 
@@ -140,7 +155,8 @@ class BaseHost:
     class_tokens = 0
     takes_bias = False  # whether attention takes a bias on its keys, see `check_bias`
     any_length = False  # whether a clip may have another number of frames than the configuration says
-    refuses: dict[str, str] = {}  # methods that do not fit, with the reason
+    refuses: dict[str, str] = {"stts": "here it is on the hosts of its paper, VideoSwin and MViT"}  # with the reason
+    files: dict[str, str] = {}  # of the methods that have a file of their own for this host
     grid: tuple[int, int, int]  # T, rows and columns of the patches of a clip
     depth: int
     heads: int
@@ -204,10 +220,14 @@ class BaseHost:
             hook.register(module)
 
     def take_off(self, model: nn.Module) -> None:
+        if isinstance(getattr(model, "compression", None), MethodWeights):
+            del model.compression
         for module in model.modules():
             for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
                 if isinstance(hook, Hook):
                     hook.handle.remove()
+            if isinstance(vars(module).get("forward"), Forward):
+                del module.forward
 
 
 def first(output) -> torch.Tensor:

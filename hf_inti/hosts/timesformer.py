@@ -26,7 +26,9 @@ class Flag:
 class Host(BaseHost):
     name = "TimeSformer"
     class_tokens = 1
-    refuses = {"sta": "STA drops other places in each frame, and attention over time needs the same in all"}
+    refuses = BaseHost.refuses | {
+        "sta": "STA drops other places in each frame, and attention over time needs the same in all"
+    }
 
     def __init__(self, model: nn.Module):
         config = model.config

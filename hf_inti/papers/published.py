@@ -1,8 +1,7 @@
-"""The tables of costs that the InTI and STA papers print, as data, with the configurations that stand for their rows.
+"""The tables of costs that the InTI paper prints, as data, with the configurations that stand for their rows.
 
-InTI: Zhang et al., "Dynamic and Compressive Adaptation of Transformers From Images to Videos" (arXiv 2408.06840),
-Tables 1 to 5 and 7. STA: Ding et al., "Prune Spatio-temporal Tokens by Semantic-aware Temporal Accumulation" (ICCV
-2023), Table 2. Figures are the papers' own. All are for one clip of 16 x 224 x 224, GFLOPs are multiply-adds.
+Zhang et al., "Dynamic and Compressive Adaptation of Transformers From Images to Videos" (arXiv 2408.06840), Tables 1 to
+5 and 7. Figures are the paper's own. All are for one clip of 16 x 224 x 224, GFLOPs are multiply-adds.
 """
 
 from typing import NamedTuple
@@ -268,21 +267,4 @@ REASONS = {
     "st": "24 adapters of 384 are the released model, 12 hold the 93 M, 20 would cost the 318 GFLOPs (and hold 97.8 "
     "M): no number gives both.",
     "table4": "the label says 6,7, the accuracy is that of 5,7 in Table 1.",
-}
-
-# Table 2 of the STA paper: VideoMAE with patches of 16, {r: GFLOPs}.
-VIDEOMAE = {
-    "ViT-S": ({"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}, {0: 57, 32: 42, 48: 35, 64: 29}),
-    "ViT-B": (
-        {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-        {0: 180, 32: 136, 48: 116, 64: 96},
-    ),
-    "ViT-L": (
-        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-        {0: 597, 32: 446, 48: 376, 64: 308},
-    ),
-    "ViT-H": (
-        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
-        {0: 1192, 32: 890, 48: 748, 64: 611},
-    ),
 }
