@@ -358,6 +358,25 @@ def test_baselines_leave_out_broken_videos():
     assert ridge_accuracy("Ridge, pixels", train, {**test, "ok": torch.arange(20) < 15}) == 0.75
 
 
+def test_baselines_choose_the_penalty_on_other_people():
+    """Ten people say each word ten times, nearly alike; the penalty that leaving out single clips chooses gets 75%."""
+    torch.manual_seed(0)
+    word = torch.arange(2).repeat_interleave(100)
+
+    def clips() -> dict[str, torch.Tensor]:
+        person = torch.randn(20, 20).repeat_interleave(10, 0)  # in one word
+        pixels = person + 0.4 * (2 * word[:, None] - 1) + 0.2 * torch.randn(200, 20)
+        return {"pixels": pixels, "labels": word, "ok": torch.ones(200, dtype=torch.bool)}
+
+    assert ridge_accuracy("Ridge, pixels", clips(), clips()) > 0.9
+
+
+def test_baselines_need_no_second_video_of_a_class():
+    pixels = torch.eye(3)
+    videos = {"pixels": pixels, "labels": torch.tensor([0, 0, 1]), "ok": torch.ones(3, dtype=torch.bool)}
+    assert ridge_accuracy("Ridge, pixels", videos, videos) == 1
+
+
 def test_report_of_one_seed_and_unknown_memory(tmp_path):
     assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "-", "2", "3", "1", "20", "5", "-"]
 
