@@ -43,8 +43,11 @@ demo: .venv/installed
 	$(RUN) scripts/visualize.py demo/inti/last demo/data/test/slides_right/000.mp4 --output demo/figure4.png
 	$(RUN) scripts/report_demo.py --seed $(SEED) --record $(RECORD)
 
+TORCHVISION_TESTS = tests/test_host_costs.py tests/test_hosts_mvit.py tests/test_hosts_videoswin.py
+
 test: .venv/installed
 	$(RUN) -m pytest -n auto --dist loadfile
+	HF_INTI_TORCHVISION=$(CURDIR)/.venv/torchvision $(RUN) -m pytest -n auto --dist loadfile $(TORCHVISION_TESTS)
 
 BENCHMARK = $(RUN) scripts/benchmark.py
 PAIR = $(BENCHMARK) models scripts/benchmarks/naive_
