@@ -89,6 +89,6 @@ def ridge_accuracy(name: str, train: dict[str, torch.Tensor], test: dict[str, to
     fewest = int(labels.unique(return_counts=True)[1].min())
     folds = StratifiedKFold(min(FOLDS, fewest)) if fewest > 1 else None
     ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=STRENGTHS, cv=folds))
-    ridge.fit(train[columns][ok].numpy(), labels.numpy())
-    right = torch.from_numpy(ridge.predict(test[columns].numpy())) == test["labels"]
+    ridge.fit(train[columns][ok].double().numpy(), labels.numpy())
+    right = torch.from_numpy(ridge.predict(test[columns].double().numpy())) == test["labels"]
     return (right & test["ok"]).double().mean().item()

@@ -38,6 +38,7 @@ def write_report(
 
     Returns the text of comparison.md.
     """
+    folder.mkdir(parents=True, exist_ok=True)  # no run made it if all were done elsewhere
     rows, first = [], None
     for method, of_seeds in results.items():
         top1 = [result["eval_top1"] for result in of_seeds]
