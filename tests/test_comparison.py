@@ -381,6 +381,11 @@ def test_report_of_one_seed_and_unknown_memory(tmp_path):
     assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "-", "2", "3", "1", "20", "5", "-"]
 
 
+def test_report_goes_into_a_new_folder(tmp_path):
+    """No run makes the folder if the records of all of them came from elsewhere."""
+    assert report(tmp_path / "new", [0.5])[:2] == ["A", "50.0"]
+
+
 def test_names_in_the_picture_do_not_overlap(tmp_path, monkeypatch):
     """Twelve methods, most of them close together."""
     from hf_inti.comparison import report as comparison_report
