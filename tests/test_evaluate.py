@@ -131,7 +131,7 @@ def test_videomae(folder, pixel_values):
         folder / "videomae", CompressionOverride("sta", compression_options={"r": 6, "order": "B"})
     )
     assert torch.equal(logits(model, pixel_values), logits(compress(plain, "sta", r=6, order="B"), pixel_values))
-    with pytest.raises(ValueError, match="method must be one of sta, tome or None, got 'inti'"):
+    with pytest.raises(ValueError, match="method must be one of sta, tome, stts or None, got 'inti'"):
         load_classifier(folder / "videomae", CompressionOverride("inti"))
     with pytest.raises(ValueError, match="compression_layers must be left out"):
         load_classifier(folder / "videomae", CompressionOverride("sta", [1]))

@@ -145,7 +145,7 @@ def test_every_row_is_within_a_percent_or_has_its_reason(host_rows):
         for model, setting, published, counted, difference, why in rows:
             off = float(difference.removesuffix("%"))
             rounded = 100 * (float(counted) / float(published) - 1)
-            assert off == pytest.approx(rounded, abs=0.3), (title, model, setting)
+            assert off == pytest.approx(rounded, abs=0.5), (title, model, setting)
             assert bool(why) == (abs(off) > 1), (title, model, setting, counted)
             told |= {why} - {""}
     assert told == set(HOST_REASONS)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-# The file of each class of transformers and torchvision, and of each method.
-HOSTS = {
+# The file of each class, and of each method.
+TORCHVISION_HOSTS = {"SwinTransformer3d": "videoswin", "MViT": "mvit"}
+TRANSFORMERS_HOSTS = {
     "VideoMAEForVideoClassification": "videomae",
     "VideoMAEModel": "videomae",
     "TimesformerForVideoClassification": "timesformer",
@@ -25,9 +26,8 @@ HOSTS = {
     "VivitModel": "vivit",
     "VJEPA2ForVideoClassification": "vjepa2",
     "VJEPA2Model": "vjepa2",
-    "SwinTransformer3d": "videoswin",
-    "MViT": "mvit",
 }
+HOSTS = TRANSFORMERS_HOSTS | TORCHVISION_HOSTS
 LIBRARIES = ("transformers", "torchvision")
 METHODS = ("sta", "tome", "stts")
 

@@ -9,7 +9,7 @@ from transformers.utils import cached_file
 from transformers.utils.generic import safe_load_json_file
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-from ..hosts import HOSTS, compress
+from ..hosts import TRANSFORMERS_HOSTS, compress
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
@@ -40,7 +40,7 @@ def load_classifier(
     """A model in evaluation mode, on CPU, and the processor for its videos.
 
     Args:
-        checkpoint: a video classifier, InTI-CLIP or one of `hosts.HOSTS`: a folder or a name on the Hub.
+        checkpoint: a video classifier, InTI-CLIP or one of `hosts.TRANSFORMERS_HOSTS`: a folder or a name on the Hub.
         override: the compression to evaluate it with. An InTI-CLIP model takes those that need no training (`"tome"`,
             `"sta"`, `"linear_pooling"` as the plain average of each pair, `"none"`), a host those of `hosts.compress`.
 
@@ -50,11 +50,11 @@ def load_classifier(
     override = override or CompressionOverride()
     values, _ = PreTrainedConfig.get_config_dict(checkpoint)
     kind = values.get("model_type")
-    if kind in HOSTS.values():
+    if kind in TRANSFORMERS_HOSTS.values():
         model = _load_host(checkpoint, override)
         return model, _host_processor(checkpoint, model.config)
     if kind != InTIClipVisionConfig.model_type:
-        valid = ", ".join([InTIClipVisionConfig.model_type, *dict.fromkeys(HOSTS.values())])
+        valid = ", ".join([InTIClipVisionConfig.model_type, *dict.fromkeys(TRANSFORMERS_HOSTS.values())])
         raise ValueError(f"the model_type of {checkpoint} must be one of {valid}, got {kind!r}.")
     processor = InTIClipVideoProcessor.from_pretrained(checkpoint)
     if override.compression is None:
