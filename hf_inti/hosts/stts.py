@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from ..model.compression_stts import GRADIENTS, SCORERS, PerturbedTopK
+from ..model.compression_stts import GRADIENTS, SCORERS, PerturbedTopK, is_plan
 from ..model.methods import is_count, is_number
 from .contract import BaseHost, Current, Hook, MethodWeights, PreHook
 from .stts_selections import CHOICES, SCORES, UNITS, check_combination, spatial_selection, temporal_selection
@@ -160,13 +160,7 @@ def check_plan(host: BaseHost, name: str, plan) -> dict[int, float]:
     """{block: share}, without shares that keep all; an empty one for None. Raises ValueError for what is no plan."""
     plan = [] if plan is None else plan
     last = host.depth - 1
-    good = (
-        isinstance(plan, (list, tuple))
-        and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in plan)
-        and all(is_count(i, 0, last) and is_number(share) and 0 < share <= 1 for i, share in plan)
-        and len({i for i, _ in plan}) == len(plan)
-    )
-    if not good:
+    if not is_plan(plan, last):
         raise ValueError(
             f"STTS's {name} must be a list of pairs [{host.unit} from 0 to {last}, share above 0 and at most 1] on "
             f"{host.name}, each {host.unit} once, such as [[0, 0.5]], got {plan!r}."

@@ -182,6 +182,16 @@ class SpatialSelection(nn.Module):
         return out.unflatten(0, (B, T))
 
 
+def is_plan(plan, last: int) -> bool:
+    """Whether `plan` is a list of [block from 0 to `last`, share above 0 and at most 1], each block once."""
+    return (
+        isinstance(plan, (list, tuple))
+        and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in plan)
+        and all(is_count(i, 0, last) and is_number(share) and 0 < share <= 1 for i, share in plan)
+        and len({i for i, _ in plan}) == len(plan)
+    )
+
+
 class STTS(Compression):
     """STTS after the blocks that its options name; tokens stay on a dense, smaller grid.
 
@@ -237,13 +247,7 @@ class STTS(Compression):
         depth = tower.num_hidden_layers
         for name in ("temporal", "spatial"):
             plan = options.get(name)
-            good = plan is None or (
-                isinstance(plan, (list, tuple))
-                and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in plan)
-                and all(is_count(i, 0, depth) and is_number(share) and 0 < share <= 1 for i, share in plan)
-                and len({i for i, _ in plan}) == len(plan)
-            )
-            if not good:
+            if plan is not None and not is_plan(plan, depth):
                 raise ValueError(
                     f"STTS option {name} must be a list of pairs [block from 0 to {depth}, share above 0 and at most "
                     f"1], each block once, such as [[0, 0.5]]; got {plan!r}."
