@@ -112,6 +112,17 @@ def test_uniformerv2_defaults_to_half_of_the_mlp_dropped(tiny_config):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+def test_uniformerv2_without_a_video_token_trains_what_it_uses(frozen, tiny_config):
+    options = {"frozen": frozen, "local": "double", "global_layers": 0}
+    model = InTIClipForVideoClassification(tiny_config(adaptation="uniformerv2", adaptation_options=options))
+    model(torch.randn(1, 8, 3, 32, 32), labels=torch.tensor([0])).loss.backward()
+    for name, parameter in model.named_parameters():
+        of_clip = not name.startswith(("vision_model.adaptation.", "vision_model.compression.", "classifier."))
+        assert parameter.requires_grad is not (of_clip and frozen), name
+        assert (parameter.grad is not None) is parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
 def test_uniformerv2_frozen_trains_no_clip_and_reads_the_video_token_alone(frozen, tiny_config):
     options = {"frozen": frozen, "local": "double"}
     model = InTIClipForVideoClassification(tiny_config(adaptation="uniformerv2", adaptation_options=options))

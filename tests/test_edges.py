@@ -349,7 +349,7 @@ def test_uniformerv2_reads_a_share_of_the_blocks_and_at_least_one(tower):
     for depth, number in ((12, 8), (4, 3), (2, 1), (1, 1)):
         of_depth = UniFormerV2(tower._replace(num_hidden_layers=depth), preset="ssv2")
         assert len(of_depth.layers) == number
-    for wrong in ("4", {"4": 1}, []):
+    for wrong in ("4", {"4": 1}, [], [0], [0, 1], -1, False):
         with pytest.raises(ValueError, match="global_layers"):
             UniFormerV2.check_options(tower, global_layers=wrong)
 

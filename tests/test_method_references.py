@@ -160,6 +160,14 @@ def test_uniformerv2(local, frozen, global_layers, downsample, tower):
     compare(model, x, *wanted)
 
 
+@pytest.mark.parametrize("local", ["none", "single", "double"])
+def test_uniformerv2_without_a_video_token(local, tower):
+    options = {"local": local, "global_layers": 0}
+    model, params = tower(compression="none", adaptation="uniformerv2", adaptation_options=options)
+    x = clips()
+    compare(model, x, *uniformerv2.model(x, params, heads=HEADS, global_layers=[], local=local))
+
+
 @pytest.mark.parametrize(
     "preset, local, global_layers", [("k400", "none", [1, 2, 3, 4]), ("ssv2", "double", [2, 3, 4])]
 )

@@ -498,7 +498,7 @@ def test_soft_selection_is_counted_finely_in_bfloat16():
         ("compression", "stts", {"num_samples": None}, "num_samples must be a whole number from 1"),
         ("adaptation", "uniformerv2", {"preset": "k600"}, "preset must be one of k400, ssv2"),
         ("adaptation", "uniformerv2", {"local": "both"}, "local must be one of None, none, single, double"),
-        ("adaptation", "uniformerv2", {"global_layers": 5}, "from 1 to 4"),
+        ("adaptation", "uniformerv2", {"global_layers": 5}, "from 0 to 4"),
         ("adaptation", "uniformerv2", {"global_layers": [4, 2]}, "ascending list"),
         ("adaptation", "uniformerv2", {"frozen": "yes"}, "frozen must be true or false"),
         ("adaptation", "uniformerv2", {"reduction": 0}, "reduction must be above 0"),

@@ -159,11 +159,12 @@ class UniFormerV2(Adaptation):
     Args:
         preset: "k400", 4 global blocks and no local MHRA, or "ssv2", global blocks after the last two thirds of the
             blocks and double local MHRA; what follows replaces parts of it.
-        global_layers: how many of the last blocks are read, or which ones, counted from 1.
+        global_layers: how many of the last blocks are read, or which ones, counted from 1. With 0 there is no video
+            token: the mean class token is classified, as without this adaptation.
         local: "none", "single" (before attention) or "double" (before the MLP too).
         reduction: of the width inside local MHRA.
         temporal_downsample: the released halving of frames in the patch embedding, a convolution over three.
-        frozen: CLIP does not train, and the video token alone is classified.
+        frozen: CLIP does not train, and the video token, if there is one, is classified alone.
         mlp_dropout: in the global blocks.
         global_drop_path_rate: stochastic depth of the last global block; it grows linearly from 0 at the first.
     """
@@ -204,9 +205,11 @@ class UniFormerV2(Adaptation):
             for j in range(len(self.layers))
         )
         self.frozen = frozen
-        self.query = VideoQuery(C)
-        self.balance = None if frozen else VideoQuery(C)
-        self.norm = nn.LayerNorm(C, eps=tower.layer_norm_eps)
+        self.query = self.balance = self.norm = None
+        if self.layers:
+            self.query = VideoQuery(C)
+            self.balance = None if frozen else VideoQuery(C)
+            self.norm = nn.LayerNorm(C, eps=tower.layer_norm_eps)
 
     @staticmethod
     def _global_layers(tower: Tower, preset: str, layers: int | list[int] | None) -> list[int]:
@@ -230,11 +233,11 @@ class UniFormerV2(Adaptation):
             isinstance(layers, bool)
             or not isinstance(numbers, (list, tuple))
             or not numbers
-            or not all(is_count(i, 1, depth) for i in numbers)
+            or not all(is_count(i, 0 if isinstance(layers, int) else 1, depth) for i in numbers)
             or sorted(set(numbers)) != list(numbers)
         ):
             raise ValueError(
-                f"UniFormerV2 option global_layers must be a number of blocks from 1 to {depth}, or an ascending list "
+                f"UniFormerV2 option global_layers must be a number of blocks from 0 to {depth}, or an ascending list "
                 f"of blocks counted from 1, got {layers!r}."
             )
         for name in ("temporal_downsample", "frozen"):
@@ -262,8 +265,8 @@ class UniFormerV2(Adaptation):
         before = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
         return middle + before + super().embed_patches(odd, self.after)
 
-    def start(self, x: torch.Tensor) -> torch.Tensor:
-        return self.query.value.expand(x.shape[0], -1)
+    def start(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.query is None else self.query.value.expand(x.shape[0], -1)
 
     def _local(self, units: nn.ModuleList | None, i: int, x: torch.Tensor, state: TokenState) -> torch.Tensor:
         if units is None:
@@ -288,9 +291,11 @@ class UniFormerV2(Adaptation):
         w = self.balance.value.sigmoid()
         return (1 - w) * g + w * x[:, :, 0].mean(dim=1)
 
-    def pool(self, x: torch.Tensor, side: torch.Tensor, post_layernorm: nn.LayerNorm) -> torch.Tensor:
-        return self.norm(self.fuse(x, side))
+    def pool(self, x: torch.Tensor, side: torch.Tensor | None, post_layernorm: nn.LayerNorm) -> torch.Tensor:
+        return self.norm(self.fuse(x, side)) if self.layers else super().pool(x, side, post_layernorm)
 
-    def trained_parameters(self) -> list[str]:
-        # CLIP's last LayerNorm has no part in this model.
-        return [] if self.frozen else ["embeddings.", "pre_layrnorm.", "encoder."]
+    def trained_parameters(self) -> list[str] | None:
+        if self.frozen:
+            return []
+        # CLIP's last LayerNorm has no part in a model with a video token.
+        return ["embeddings.", "pre_layrnorm.", "encoder."] if self.layers else super().trained_parameters()

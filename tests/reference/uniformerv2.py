@@ -233,13 +233,15 @@ def _clip(clip, params, heads, global_layers, local, temporal_downsample, frozen
     grid = clip.shape[2] // S, clip.shape[3] // S
     x = patches_in_time(clip, params) if temporal_downsample else [embed(image, params) for image in clip]
     x = stack_tokens([[_norm(v, params, "pre_layrnorm", eps) for v in frame] for frame in x])
-    query = params["adaptation.query"]
+    query = params["adaptation.query"] if global_layers else None
     for i in range(depth(params)):
         x = block(x, params, i, heads=heads, grid=grid, local=local, eps=eps)
         if i + 1 in halve_after:
             x = halve(x)
         if i + 1 in global_layers:
             query = global_block(query, x, grid, params, global_layers.index(i + 1), heads=heads, eps=eps)
+    if not global_layers:
+        return sum(_norm(v, params, "post_layernorm", eps) for v in x[:, 0]) / len(x), x
     if not frozen:
         share = sigmoid(params["adaptation.balance"])
         query = (1 - share) * query + share * sum(x[:, 0]) / len(x)
@@ -262,7 +264,8 @@ def model(
 
     `global_layers`, ascending, and `halve_after` are blocks counted from 1. After a block in `halve_after`
     neighbouring frames are averaged, and only then a global block reads. The tokens are those after the last
-    block (and after its halving); `frozen` leaves their class tokens out of the feature.
+    block (and after its halving); `frozen` leaves their class tokens out of the feature. Without `global_layers` there
+    is no video token: the feature is the mean of the frames' class tokens after CLIP's last LayerNorm.
     """
     clips = [
         _clip(clip, params, heads, list(global_layers), local, temporal_downsample, frozen, halve_after, eps)
