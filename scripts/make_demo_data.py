@@ -1,6 +1,7 @@
 """Render the demo dataset: eight classes of short clips that only the ORDER of their frames tells apart.
 
     python scripts/make_demo_data.py --output_dir demo_data
+    python scripts/make_demo_data.py --output_dir demo_stills --task stills
 
 Each of the four PAIRS moves one attribute of a bright shape: where it is (the frame wraps around), the angle
 at which its mouth points, how far the mouth is open, how opaque it is. The attribute starts anywhere, runs
@@ -16,6 +17,10 @@ Hence:
 
 Each frame is written as an H.264 key frame at a constant quantiser: coded by itself, so that the codec, whose
 predicted frames differ from key frames and lean on the past, cannot give the order away.
+
+The task "stills" is the opposite: the same scenes, eight classes told apart by what single frames show, in any order. The
+attribute of each pair lies in the one half of its range or the other, anew in each frame; half of the frames are strays,
+which show anything.
 
 Letters: T frames, H = W = size in pixels, N clips, K classes, F features.
 """
@@ -38,6 +43,9 @@ PAIRS = [
     ("appears", "disappears"),
 ]
 CLASSES = [name for pair in PAIRS for name in pair]
+STILLS = [("left", "right"), ("looking_down", "looking_up"), ("narrow", "wide"), ("faint", "solid")]
+STILL_CLASSES = [name for pair in STILLS for name in pair]
+STRAYS = 0.5  # share of the frames that show anything
 MOVING = ["position", "angle", "mouth", "opacity"]  # the attribute that each pair moves through [0, 1)
 SHAPES = ["disc", "square", "diamond"]
 SHAPES_OF_PAIR = [SHAPES, ["disc"], SHAPES, SHAPES]  # only on a disc is the mouth all that turns
@@ -111,6 +119,20 @@ def render_clip(class_name, seed, num_frames=24, size=48):
     moving = (rng.uniform() + cycles * np.arange(num_frames) / num_frames) % 1
     frames = draw(rng, pair, moving, size)
     return frames[::-1].copy() if backwards else frames
+
+
+def render_still_clip(class_name, seed, num_frames=24, size=48):
+    """One clip of a class of the task "stills": uint8 (num_frames, size, size, 3).
+
+    seed: what `numpy.random.default_rng` takes. Raises ValueError for an unknown class.
+    """
+    if class_name not in STILL_CLASSES:
+        raise ValueError(f"Unknown class {class_name!r}: choose one of {', '.join(STILL_CLASSES)}.")
+    pair, half = divmod(STILL_CLASSES.index(class_name), 2)
+    rng = np.random.default_rng(seed)
+    anywhere = rng.uniform(0, 1, num_frames)
+    stray = rng.uniform(0, 1, num_frames) < STRAYS
+    return draw(rng, pair, np.where(stray, anywhere, (half + anywhere) / 2), size)
 
 
 def render_images(seed, num_images, size=32):
@@ -213,6 +235,7 @@ def report(clips, classes, is_train):
 @dataclass
 class Arguments:
     output_dir: str = field(metadata={"help": "Gets {train,test}/<class>/<number>.mp4."})
+    task: str = field(default="order", metadata={"choices": ["order", "stills"], "help": "What tells classes apart."})
     seed: int = field(default=0, metadata={"help": "Another seed gives another dataset."})
     num_train: int = field(default=100, metadata={"help": "Training clips per class."})
     num_test: int = field(default=25, metadata={"help": "Test clips per class."})
@@ -231,11 +254,13 @@ class Arguments:
 
 def make_clip(split, number, label, arguments):
     """Write one clip, 0 <= label < 8, and return it as it was written."""
+    stills = arguments.task == "stills"
+    classes, render = (STILL_CLASSES, render_still_clip) if stills else (CLASSES, render_clip)
     # No clip shares its draws with another, but for the two test clips that are each other backwards.
-    seed = [arguments.seed, split, number, label if split == 0 else label // 2]
-    path = Path(arguments.output_dir, ["train", "test"][split], CLASSES[label], f"{number:03d}.mp4")
+    seed = [arguments.seed, split, number, label if split == 0 or stills else label // 2]
+    path = Path(arguments.output_dir, ["train", "test"][split], classes[label], f"{number:03d}.mp4")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, render_clip(CLASSES[label], seed, arguments.num_frames, arguments.image_size))
+    write_video(path, render(classes[label], seed, arguments.num_frames, arguments.image_size))
     return read_video(path)
 
 
@@ -249,7 +274,8 @@ def main(arguments):
     splits, numbers, labels = np.array(todo).T
     render = partial(make_clip, arguments=arguments)
     clips = process_map(render, splits, numbers, labels, chunksize=8, desc="rendering", unit="clip")
-    report(np.stack(clips), labels, splits == 0)
+    if arguments.task == "order":
+        report(np.stack(clips), labels, splits == 0)
 
 
 if __name__ == "__main__":

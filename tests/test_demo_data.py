@@ -74,9 +74,31 @@ def test_seeds_and_splits_give_different_clips():
     assert not any(np.array_equal(clips[a], clips[b]) for a, b in [(0, 1), (0, 2), (1, 2)])
 
 
+def test_stills_tell_their_class_in_any_frame_and_no_order():
+    render = DEMO["render_still_clip"]
+    left, right = (np.stack([render(name, [k, i], 40, 16) for i in range(50)]) for k, name in enumerate(["left", "right"]))
+
+    def in_the_left_half(clips):  # share of frames whose shape, brighter than the scene, has its centre there
+        columns = clips.astype(float).mean((2, 4))  # (N, T, 16)
+        return (np.sort(columns[..., :8])[..., 4:].sum(-1) > np.sort(columns[..., 8:])[..., 4:].sum(-1)).mean(0)
+
+    at = in_the_left_half(left), in_the_left_half(right)  # by index
+    assert 0.65 < at[0].mean() < 0.85 and 0.15 < at[1].mean() < 0.35  # half of the frames anywhere: 0.75 and 0.25
+    assert all(np.ptp(share) < 0.5 for share in at)  # no index tells more than another
+
+
+def test_the_task_decides_the_classes(tmp_path):
+    arguments = DEMO["Arguments"](str(tmp_path), task="stills", num_frames=6, image_size=16)
+    first, second = (DEMO["make_clip"](1, 3, label, arguments) for label in (0, 1))
+    assert not np.array_equal(first[::-1], second)
+    assert {path.name for path in (tmp_path / "test").iterdir()} == {"left", "right"}
+
+
 def test_unknown_class_is_refused():
     with pytest.raises(ValueError, match="'jumps'.*slides_right"):
         render_clip("jumps", 0)
+    with pytest.raises(ValueError, match="'jumps'.*looking_up"):
+        DEMO["render_still_clip"]("jumps", 0)
 
 
 def test_images_show_what_they_are_labelled_with():
