@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
+import released_models
 from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig, InTIClipVisionModel
 from hf_inti.hosts import compress
 from hf_inti.model import compression_stts as stts
@@ -172,50 +172,9 @@ def sta_prune(v: Vector) -> None:
 
 def sta_vit(v: Vector) -> None:
     o = v.options
-    frames = v.inputs["pixels"].shape[2]
-    config = VideoMAEConfig(
-        image_size=o["img"],
-        patch_size=o["patch"],
-        num_frames=frames,
-        tubelet_size=v.params["patch_embed.proj.weight"].shape[2],
-        hidden_size=o["C"],
-        intermediate_size=v.params["blocks.0.mlp.fc1.bias"].shape[0],
-        num_hidden_layers=o["depth"],
-        num_attention_heads=o["heads"],
-        layer_norm_eps=1e-6,
-        num_labels=v.params["head.bias"].shape[0],
-    )
-    model = VideoMAEForVideoClassification(config).double().eval()
-    model.fc_norm.eps = 1e-6
-    model.videomae.embeddings.position_embeddings = v.params["pos_embed_sincos"]
-    names = {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.proj": "attention.output.dense",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    }
-    weights = {}
-    for name, value in v.params.items():
-        kind = name.rsplit(".", 1)[-1]
-        if name.startswith("patch_embed.proj."):
-            weights[f"videomae.embeddings.patch_embeddings.projection.{kind}"] = value
-        elif name.startswith("head."):
-            weights[f"classifier.{kind}"] = value
-        elif name.startswith("fc_norm."):
-            weights[name] = value
-        elif name.startswith("blocks."):
-            _, i, rest = name.split(".", 2)
-            block = f"videomae.encoder.layer.{i}."
-            if rest == "attn.qkv.weight":
-                for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                    weights[f"{block}attention.attention.{part}.weight"] = chunk
-            elif rest in ("attn.q_bias", "attn.v_bias"):
-                part = {"attn.q_bias": "query", "attn.v_bias": "value"}[rest]
-                weights[f"{block}attention.attention.{part}.bias"] = value
-            else:
-                weights[f"{block}{names[rest.rsplit('.', 1)[0]]}.{kind}"] = value
-    load(model, weights)
+    sizes = {"image": o["img"], "patch": o["patch"], "width": o["C"], "heads": o["heads"], "depth": o["depth"]}
+    model = released_models.videomae(v.params, frames=v.inputs["pixels"].shape[2], **sizes)
+    assert torch.equal(model.videomae.embeddings.position_embeddings.double(), v.params["pos_embed_sincos"])
     assert [i + 1 for i in o["prune_after_block"]] == [1 + s * o["depth"] // 3 for s in range(3)]
     groups = o["groups"][0]
     assert o["groups"] == [groups, groups // 2, groups // 4]  # the released schedule
