@@ -18,9 +18,9 @@ Hence:
 Each frame is written as an H.264 key frame at a constant quantiser: coded by itself, so that the codec, whose
 predicted frames differ from key frames and lean on the past, cannot give the order away.
 
-The task "stills" is the opposite: the same scenes, eight classes told apart by what single frames show, in any order. The
-attribute of each pair lies in the one half of its range or the other, anew in each frame; half of the frames are strays,
-which show anything.
+The task "stills" is the opposite: the same scenes, eight classes told apart by what single frames show, in any order.
+The attribute of each pair lies in the one half of its range or the other, anew in each frame; half of the frames are
+strays, which show anything.
 
 Letters: T frames, H = W = size in pixels, N clips, K classes, F features.
 """

@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from conftest import write_video
-from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.comparison import run as comparison
 from hf_inti.comparison.baselines import frame_features, grey_pixels, ridge_accuracy
 from hf_inti.comparison.report import HEADS, paired_difference, percent, write_report
@@ -224,6 +224,39 @@ class TestCompared:
                 True
             ] * 4
 
+    def test_several_views_count_in_the_table(self, compared, folder, tmp_path, monkeypatch):
+        out, runs = compared[0], tmp_path / "runs"
+        shutil.copytree(out, runs)
+        monkeypatch.setattr(comparison, "ROUNDS", 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        again = arguments(folder, "--output_dir", str(runs), "--num_clips", "2", "--num_crops", "3")
+        assert main(again) == 0
+        for method, seed in RUNS:
+            model = InTIClipForVideoClassification.from_pretrained(runs / method / f"seed_{seed}" / "last").eval()
+            processor = InTIClipVideoProcessor.from_pretrained(runs / method / f"seed_{seed}" / "last")
+            right = 0
+            for video in sorted((folder / "videos" / "test").rglob("*.mp4")):
+                views = processor(str(video), num_clips=2, num_crops=3, return_tensors="pt")["pixel_values"][0]
+                assert len(views) == 6
+                with torch.no_grad():
+                    best = model(pixel_values=views).logits.softmax(dim=-1).mean(dim=0).argmax().item()
+                right += model.config.id2label[best] == video.parent.name
+            views = read_json(runs / "records" / method / f"seed_{seed}.json")["views"]
+            assert views == {"num_clips": 2, "num_crops": 3, "eval_top1": right / 6, "eval_num_videos": 6}
+        table = read_json(runs / "comparison.json")
+        assert "in 2 clips and 3 crops of each video" in table["about"]
+        assert [row["top1_of_seeds"] for row in table["rows"]] == [
+            [read_json(runs / "records" / m / f"seed_{seed}.json")["views"]["eval_top1"] for seed in (0, 1)]
+            for m in ("Naive", "InTI")
+        ]
+        shutil.rmtree(runs / "InTI" / "seed_1" / "last")
+        assert main(again) == 0  # its record tells all
+        with pytest.raises(ValueError, match=r"InTI, seed 1: its record has no evaluation of 3 clips and 3 crops"):
+            main([*again, "--num_clips", "3"])
+        assert main([*again, "--num_clips", "1", "--num_crops", "1"]) == 0
+        one_view = read_json(out / "records" / "InTI" / "seed_1.json")["evaluations"][-1]["eval_top1"]
+        assert read_json(runs / "comparison.json")["rows"][1]["top1_of_seeds"][1] == one_view
+
     def test_records_of_other_videos_are_refused(self, compared, folder, tmp_path):
         shutil.copytree(folder / "videos", tmp_path / "videos")
         (tmp_path / "videos" / "test" / "a" / "0.mp4").unlink()
@@ -266,6 +299,8 @@ def test_failing_run_shows_its_log(folder, tmp_path, capsys):
         (["--seed", "1"], "got 'seed'; did you mean 'seeds'?"),
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["--num_clips", "0"], "num_clips must be at least 1, got 0"),
+        (["--num_crops", "2"], "num_crops must be 1 or 3, got 2"),
         (["--train_script", "absent.py"], "there is no absent.py; give scripts/train.py"),
         (["--recipe", "absent.yaml"], "must be a recipe (a YAML file), got absent.yaml"),
     ],
@@ -351,7 +386,7 @@ def test_baselines_leave_out_broken_videos():
     pixels[:, 0] += 6 * labels
     ok = torch.arange(40) < 30
     pixels[30:, 0] = 100 * (1 - labels[30:])  # would teach the opposite
-    train = {"pixels": pixels, "features": torch.randn(40, 3), "labels": labels, "ok": ok}
+    train = {"pixels": pixels[:, None], "features": torch.randn(40, 1, 3), "labels": labels, "ok": ok}
     test = {name: value[:20] for name, value in train.items()}
     assert ridge_accuracy("Ridge, pixels", train, test) == 1
     assert ridge_accuracy("Ridge, frame features", train, test) < 0.9
@@ -366,13 +401,26 @@ def test_baselines_choose_the_penalty_on_other_people():
     def clips() -> dict[str, torch.Tensor]:
         person = torch.randn(20, 20).repeat_interleave(10, 0)  # in one word
         pixels = person + 0.4 * (2 * word[:, None] - 1) + 0.2 * torch.randn(200, 20)
-        return {"pixels": pixels, "labels": word, "ok": torch.ones(200, dtype=torch.bool)}
+        return {"pixels": pixels[:, None], "labels": word, "ok": torch.ones(200, dtype=torch.bool)}
 
     assert ridge_accuracy("Ridge, pixels", clips(), clips()) > 0.9
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_baselines_sum_the_scores_of_all_views(classes):
+    """A clear view outvotes two faint ones of another class, whichever comes first."""
+    labels = torch.arange(classes).repeat(20)
+    ok = torch.ones(20 * classes, dtype=torch.bool)
+    train = {"pixels": torch.eye(classes)[labels][:, None], "labels": labels, "ok": ok}
+    clear, faint = 5 * torch.eye(classes), 0.1 * torch.eye(classes).roll(1, 0) + 0.5
+    test = {"labels": torch.arange(classes), "ok": ok[:classes]}
+    for views in ([clear, faint, faint], [faint, clear, faint], [faint, faint, clear]):
+        assert ridge_accuracy("Ridge, pixels", train, {**test, "pixels": torch.stack(views, dim=1)}) == 1
+    assert ridge_accuracy("Ridge, pixels", train, {**test, "pixels": torch.stack([faint] * 3, dim=1)}) == 0
+
+
 def test_baselines_need_no_second_video_of_a_class():
-    pixels = torch.eye(3)
+    pixels = torch.eye(3)[:, None]
     videos = {"pixels": pixels, "labels": torch.tensor([0, 0, 1]), "ok": torch.ones(3, dtype=torch.bool)}
     assert ridge_accuracy("Ridge, pixels", videos, videos) == 1
 

@@ -76,7 +76,9 @@ def test_seeds_and_splits_give_different_clips():
 
 def test_stills_tell_their_class_in_any_frame_and_no_order():
     render = DEMO["render_still_clip"]
-    left, right = (np.stack([render(name, [k, i], 40, 16) for i in range(50)]) for k, name in enumerate(["left", "right"]))
+    left, right = (
+        np.stack([render(name, [k, i], 40, 16) for i in range(50)]) for k, name in enumerate(["left", "right"])
+    )
 
     def in_the_left_half(clips):  # share of frames whose shape, brighter than the scene, has its centre there
         columns = clips.astype(float).mean((2, 4))  # (N, T, 16)

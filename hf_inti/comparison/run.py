@@ -31,6 +31,7 @@ from ..training.run_info import FREE_SETTINGS, describe_run, first_change, setti
 from ..training.setup import build_model
 from .baselines import fit_baselines
 from .report import write_report
+from .views import evaluate_views
 
 
 TRAINING_CLASSES = [ModelArguments, DataArguments, TrainingArguments]
@@ -58,6 +59,8 @@ class ComparisonArguments:
     baselines: bool = field(
         default=False, metadata={"help": "Also ridge regression on pixels and on the tower's frame features."}
     )
+    num_clips: int = field(default=1, metadata={"help": "Clips of each video that the table's accuracies count."})
+    num_crops: int = field(default=1, metadata={"help": "Crops of each of these clips: 1 (centre) or 3."})
     jobs: int = field(default=1, metadata={"help": "Runs at a time; they share the processor's cores equally."})
     measure_batch_size: int | None = field(
         default=None, metadata={"help": "Clips in a batch when speed and memory are measured; default: the recipe's."}
@@ -79,7 +82,9 @@ class ComparisonArguments:
                 raise ValueError(f"{place}: {empty[0]} has no value; give one or leave it out.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different whole numbers, at least one, got {self.seeds}.")
-        for name in ("jobs", "measure_batch_size"):
+        if self.num_crops not in (1, 3):
+            raise ValueError(f"num_crops must be 1 or 3, got {self.num_crops}.")
+        for name in ("jobs", "num_clips", "measure_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         self.records_dir = self.records_dir or f"{self.output_dir}/records"
@@ -101,11 +106,10 @@ class Run(NamedTuple):
     def __str__(self):
         return f"{self.method}, seed {self.seed}"
 
-    @property
-    def result(self) -> dict | None:
-        """The last evaluation of a finished run."""
+    def result(self, several_views: bool) -> dict:
+        """The last evaluation of a finished run, of one view, or that of several."""
         record = read_json(self.record)
-        return record and record["evaluations"][-1]
+        return record["views"] if several_views else record["evaluations"][-1]
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -270,18 +274,25 @@ def main(arguments: list[str]) -> int:
         i = own.index("--config")
         own = [own[i + 1], *own[:i], *own[i + 2 :]]
     args = parse_recipe([ComparisonArguments], own, description=__doc__)[0]
+    several_views = args.num_clips * args.num_crops > 1
     disable_progress_bar()  # of loading weights, beside ours
     try:
         runs = plan_runs(args, passed)
         train_all(runs, args)
+        if several_views:
+            evaluate = Path(args.train_script).with_name("evaluate.py")
+            evaluate_views(runs, evaluate, args.num_clips, args.num_crops, args.jobs, torch.get_num_threads())
         measurements = measure_all(runs, args)
     except KeyboardInterrupt:
         print("Stopped; run the same command to continue.", file=sys.stderr)
         return 130
-    results = {method: [run.result for run in runs if run.method == method] for method in args.methods}
+    results = {name: [run.result(several_views) for run in runs if run.method == name] for name in args.methods}
     model, data, training = runs[0].parsed
     if args.baselines:
-        results |= {name: [result] for name, result in fit_baselines(model, data, Path(args.records_dir)).items()}
+        found = fit_baselines(model, data, Path(args.records_dir), args.num_clips, args.num_crops)
+        results |= {name: [result] for name, result in found.items()}
     about = f"{args.recipe}, {training.epochs} epochs, trained on {data.train_dir}, evaluated on {data.eval_dir}"
+    if several_views:
+        about += f" in {args.num_clips} clips and {args.num_crops} crops of each video"
     print(write_report(results, measurements, args.seeds, about, Path(args.output_dir)))
     return 0
