@@ -1,11 +1,16 @@
 """Bulk inference: what is listed, decoded, computed and written, and that nothing is lost or done twice."""
 
 import os
+import random
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,6 +32,7 @@ from hf_inti.training.checkpoints import load_classifier
 
 ROOT = Path(__file__).parents[1]
 LABELS = ("a", "b", "c")
+PATIENCE = 900  # seconds, beside other tests; what is waited for takes a few
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +216,7 @@ class Misbehaves:
         return os.getpid()
 
 
+@pytest.mark.slow
 def test_a_clip_that_takes_the_process_with_it(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     call = Isolated(Misbehaves)
@@ -270,7 +277,7 @@ def test_shards_are_known_by_their_content(tmp_path):
     (tmp_path / "shard_000000.parquet").rename(tmp_path / "mine.parquet")
     with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
         assert set(shards.done) == {"a", "b"}
-        shards.add(table("c"))
+        shards.add(table("a", "c"))
     assert sorted(row["video"] for row in rows_of(tmp_path)) == ["a", "b", "c"]
 
 
@@ -311,6 +318,7 @@ def test_plans():
     assert make_plan({"CPU": 64, "GPU": 2, "machines": 1}, models=4, decoders=3, batch_size=2) == (4, 3, 16, 0.5, 2)
 
 
+@pytest.mark.slow
 def test_without_ray(folder, tmp_path):
     script = str(ROOT / "scripts" / "bulk.py")
     code = (
@@ -324,3 +332,106 @@ def test_without_ray(folder, tmp_path):
 def environment() -> dict[str, str]:
     # Ray's processes are nice by default: beside other tests they would wait.
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+
+
+# With Ray -----------------------------------------------------------------------------------------
+
+with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[bulk]'")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A cluster of two nodes on this machine, as `ray start` makes one of two machines, with a token of its own."""
+    log = open(tmp_path_factory.mktemp("ray") / "log.txt", "w+")
+    token = Path(log.name).with_name("token")
+    token.write_text(secrets.token_hex(16))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    nodes = []
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    options = {"stdout": log, "stderr": log, "env": environment()}
+    try:
+        for place in (["--head", f"--port={port}", "--include-dashboard=false"], [f"--address=127.0.0.1:{port}"]):
+            nodes.append(subprocess.Popen([*start, *place], **options))
+            wait_for(lambda: log.seek(0) or log.read().count("Ray runtime started") == len(nodes), nodes)
+        yield f"127.0.0.1:{port}"
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        ended = [node.wait(PATIENCE) for node in reversed(nodes)]
+        log.close()
+        patch.undo()
+    assert len(ended) == 2
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)), "the cluster has not stopped"
+
+
+def wait_for(happened, processes: list[subprocess.Popen], seconds: int = PATIENCE) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "nothing happens"
+        assert all(process.poll() is None for process in processes), "a process has ended"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start_bulk(address):
+    """A function that starts scripts/bulk.py on the cluster."""
+    started = []
+
+    def start(model: Path, output: Path, *places: Path) -> subprocess.Popen:
+        command = [sys.executable, ROOT / "scripts" / "bulk.py", model, *places, "--output_dir", output]
+        command += ["--output", "features", "--shard_rows", "1", "--ray_address", address]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen([*map(str, command)], env=environment(), text=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@with_ray
+def test_two_nodes_a_kill_and_a_longer_list(folder, expected, start_bulk, tmp_path):
+    """Killed when some shards are written, started again with more videos: each video once, computed once."""
+    output = tmp_path / "out"
+    killed = start_bulk(folder / "model", output, folder / "videos")
+    wait_for(lambda: list(output.glob("*.parquet")), [killed])
+    time.sleep(random.uniform(0, 0.2))
+    killed.kill()
+    killed.communicate()
+    before = {path: path.read_bytes() for path in output.glob("*.parquet")}
+    again = start_bulk(folder / "model", output, folder / "videos", folder / "shards")
+    printed, errors = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 0, errors
+    assert "8 videos are in" in printed and "1 of them broken" in printed
+    assert "1 broken videos" in errors and f"{folder / 'videos' / 'broken.mp4'}: not a video" in errors
+    assert all(path.read_bytes() == data for path, data in before.items())
+    rows = rows_of(output)
+    assert sorted(Path(row["video"]).name for row in rows) == [*(f"{i}.mp4" for i in range(7)), "broken.mp4"]
+    for row in rows:
+        if row["error"] is None:
+            wanted = expected[Path(row["video"]).name]
+            torch.testing.assert_close(torch.tensor(row["features"]), wanted, rtol=1e-5, atol=1e-6)
+        else:
+            assert row["features"] is None and row["video"].endswith("broken.mp4")
+
+
+@pytest.mark.slow
+@with_ray
+def test_a_model_that_fails_stops_the_run(folder, start_bulk, tmp_path):
+    """Not a broken video: the processor crops to a size that the model does not take."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    size = {"height": 16, "width": 16}
+    InTIClipVideoProcessor(num_frames=8, crop_size=size).save_pretrained(tmp_path / "model")
+    failed = start_bulk(tmp_path / "model", tmp_path / "out", folder / "videos")
+    _, errors = failed.communicate(timeout=PATIENCE)
+    last = errors.strip().splitlines()[-1]
+    assert failed.returncode == 1 and last.startswith("error: the model must take every batch, got "), errors
+    assert "16" in last and not rows_of(tmp_path / "out")

@@ -41,12 +41,13 @@ def stages_of(
 def fill(shards: Shards, clips: Sequence[Clip], stages: tuple[Stage, Stage], plan: Plan) -> None:
     """Compute the clips that `shards` lack."""
     todo = [clip for clip in clips if clip.video not in shards.done]
-    saved = time.monotonic()
+    saved, broken = time.monotonic(), 0
     bar = tqdm(total=len(clips), initial=len(clips) - len(todo), desc="Videos", unit="video", smoothing=0.05)
     with bar, closing(run_stages(todo, *stages, plan)) as tables:
         for table in tables:
             shards.add(table)
-            bar.set_postfix(broken=sum(map(bool, shards.done.values())), refresh=False)
+            broken += len(table) - table["error"].null_count
+            bar.set_postfix(broken=broken, refresh=False)
             bar.update(len(table))
             if time.monotonic() - saved > SAVE_SECONDS:
                 shards.flush()

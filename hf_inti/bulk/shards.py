@@ -83,8 +83,9 @@ class Shards:
         return dict(zip(table["video"].to_pylist(), table["error"].to_pylist(), strict=True))
 
     def add(self, table: pa.Table) -> None:
-        """Add rows of the schema, whose ids are new."""
-        table = table.cast(self.schema)
+        """Add rows of the schema. Those that are there already are left out."""
+        new = [video not in self.done for video in table["video"].to_pylist()]
+        table = table.filter(pa.array(new, pa.bool_())).cast(self.schema)
         self.done |= dict(zip(table["video"].to_pylist(), table["error"].to_pylist(), strict=True))
         self.waiting.append(table)
         if sum(map(len, self.waiting)) >= self.rows:
