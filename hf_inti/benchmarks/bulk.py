@@ -91,9 +91,9 @@ def measure(args: BulkArguments, name: str, clips: Sequence[Clip]) -> dict[str, 
     with cluster(None) as resources:
         plan = make_plan(resources)
         decoder, computing = stages_of(model, processor, result, plan)
-        decode, compute = decoder.cls(*decoder.arguments), computing.cls(*computing.arguments)
+        decode, compute = decoder.cls(*decoder.arguments), ClipModel(load_classifier(name)[0], processor, result, 1)
         row, cores = decode(clips[0]._asdict()), int(resources["CPU"])
-        torch.set_num_threads(plan.threads)
+        torch.set_num_threads(plan.threads)  # the decoder has set it to 1
         for _ in range(args.repetitions):
             times.setdefault("bulk", []).append(time_stages(clips, (decoder, computing), plan))
             times.setdefault("decoding", []).append(time_decoding(clips, decoder, cores))

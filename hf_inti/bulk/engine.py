@@ -57,6 +57,8 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
     try:
         ray.init(address=address or "local", **options)
     except (ConnectionError, RuntimeError) as error:
+        if address is None:
+            raise
         raise ValueError(
             f"ray_address must be that of a running cluster, got {address}: {' '.join(str(error).split())}; start one "
             "with `ray start --head`."
@@ -66,7 +68,7 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     try:
-        yield ray.cluster_resources() | {"machines": len(ray.nodes())}
+        yield ray.cluster_resources() | {"machines": sum(node["Alive"] for node in ray.nodes())}
     finally:
         ray.shutdown()
 
