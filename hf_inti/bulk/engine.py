@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -135,5 +136,7 @@ def run_stages(clips: Sequence[Clip], decoder: Stage, model: Stage, plan: Plan) 
     try:
         yield from tables.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
-        line = str(error).strip().splitlines()[-1]
-        raise ValueError(f"the model must take every batch, got {line}; a smaller batch_size may do.") from error
+        # Ray wraps the error in tracebacks and advice; its own errors are only the wrapping.
+        lines = re.findall(r"^(?!ray\.)((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", str(error), re.MULTILINE)
+        reason = lines[-1] if lines else str(error).strip().splitlines()[0]
+        raise ValueError(f"the model must take every batch, got {reason}; a smaller batch_size may do.") from error
