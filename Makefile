@@ -64,6 +64,7 @@ benchmark: .venv/installed
 	$(BENCHMARK) models scripts/benchmarks/peers.yaml $(OUT)/peers
 	$(BENCHMARK) decoding scripts/benchmarks/decoding.yaml $(OUT)/decoding
 	$(BENCHMARK) prediction scripts/benchmarks/prediction.yaml $(OUT)/prediction
+	$(BENCHMARK) bulk scripts/benchmarks/bulk.yaml
 	$(BENCHMARK) export scripts/benchmarks/export.yaml $(OUT)/export
 	$(BENCHMARK) growth scripts/benchmarks/growth.yaml $(OUT)/growth
 

@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hf_inti" / "__init__.py").read_text())[1]
 TRAIN = ["kornia>=0.9", "matplotlib>=3.9", "pyyaml>=6", "scikit-learn>=1.6"]
 DEMO = ["gradio>=6.31,<7", "matplotlib>=3.9", "pyyaml>=6"]
+BULK = ["ray[data]>=2.60"]
 EXPORT = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.7"]
 
 setup(
@@ -34,11 +35,13 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
+        "bulk": BULK,
         "export": EXPORT,
         "hosts": ["torchvision>=0.26"],
         "mutants": ["cosmic-ray>=8.7", "pytest-cov>=7"],
         "test": [
             *TRAIN,
+            *BULK,
             *DEMO,
             *EXPORT,
             "peft>=0.21",

@@ -7,6 +7,7 @@
     growth      time and memory against frames, resolution and batch size
     decoding    videos to tensors, beside other decoders
     prediction  scripts/predict.py on many videos, beside decoding alone and the model alone
+    bulk        the stages of scripts/bulk.py together, beside each alone
     export      ONNX Runtime and torch.export beside torch
 
 Every command takes a YAML file, flags or both, leaves a table (Markdown), all numbers (JSON) and a picture in
@@ -26,6 +27,7 @@ COMMANDS = {
     "growth": "benchmarks.growth",
     "decoding": "benchmarks.decoding",
     "prediction": "benchmarks.prediction",
+    "bulk": "benchmarks.bulk",
     "export": "benchmarks.export",
 }
 

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.data.clips import VideoClips
-from hf_inti.data.layouts import VIDEO_EXTENSIONS
+from hf_inti.data.unlabelled import find_videos
 from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.training.evaluation import EvalTransform, end_processes, predict_batches, prediction_loader
 
@@ -40,20 +39,6 @@ class PredictionArguments:
         default=None,
         metadata={"help": "Processes that decode while the model computes; default: 1, if the model leaves it a core."},
     )
-
-
-def find_videos(places: list[str]) -> list[str]:
-    """Files and URLs as they are, folders searched. Raises ValueError for a folder without videos."""
-    found = []
-    for place in places:
-        if not Path(place).is_dir():
-            found.append(place)
-            continue
-        inside = sorted(p for p in Path(place).rglob("*") if p.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS)
-        if not inside:
-            raise ValueError(f"{place} holds no videos; looked for files ending in {', '.join(VIDEO_EXTENSIONS)}.")
-        found += map(str, inside)
-    return found
 
 
 def free_cores(device: torch.device) -> int:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hf_inti"
 MODEL = {path.name for path in (PACKAGE / "model").glob("*.py")} - {"__init__.py"}
 UPLOADED_IMPORTS = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
 # Each room may import from those before it.
-ROOMS = ["model", "papers", "hosts", "data", "measure", "training", "comparison", "benchmarks", "hub"]
+ROOMS = ["model", "papers", "hosts", "data", "measure", "training", "comparison", "hub", "bulk", "benchmarks"]
 
 
 def imports(path: Path) -> list[tuple[str, ast.stmt]]:

@@ -9,12 +9,15 @@ import runpy
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, VideoMAEConfig, VideoMAEForVideoClassification
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
+from hf_inti.bulk.model import Result
+from hf_inti.bulk.shards import Shards
 from hf_inti.measure.costs import count_costs
 from hf_inti.model.adaptation import ADAPTATIONS
 from hf_inti.model.compression import COMPRESSIONS
@@ -28,7 +31,16 @@ PAGES = {
 }
 README = PAGES["README.md"]
 CLIP = "openai/clip-vit-base-patch16"
-WITH_COMMANDS = ["README.md", "benchmarks.md", "hub.md", "inference.md", "methods.md", "results.md", "training.md"]
+WITH_COMMANDS = [
+    "README.md",
+    "benchmarks.md",
+    "bulk.md",
+    "hub.md",
+    "inference.md",
+    "methods.md",
+    "results.md",
+    "training.md",
+]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -106,7 +118,7 @@ def run(page: str, wanted=lambda block: True) -> dict:
 
 def test_every_page_with_python_is_run():
     with_python = {page for page in PAGES if blocks(page, "python")}
-    assert with_python == {"README.md", "methods.md", "inference.md", "training.md", "hub.md"}
+    assert with_python == {"README.md", "methods.md", "inference.md", "training.md", "hub.md", "bulk.md"}
 
 
 def test_readme_python(places, capsys):
@@ -137,6 +149,20 @@ def test_inference_python(places, capsys):
     assert names["pixel_values"].shape == (12, 16, 3, 224, 224) and names["scores"].shape == (4,)
     label, best = capsys.readouterr().out.splitlines()
     assert label in names["model"].config.label2id and best.count("'label'") == 3
+
+
+def test_bulk_python(places, capsys):
+    """The nearest of five videos, one of them broken, are those at the smallest angles."""
+    features = torch.nn.functional.one_hot(torch.arange(4), 4).float()
+    features[:, 0] += torch.tensor([0, 1, 3, 2])
+    rows = [{"video": str(i), "error": None, "features": (row * (1 + i)).tolist()} for i, row in enumerate(features)]
+    schema = Result("features", 4).schema()
+    with Shards("features", schema, {}, 2) as shards:
+        for row in [*rows, {"video": "broken", "error": "bad", "features": None}]:
+            shards.add(pa.Table.from_pylist([row], schema=schema))
+    run("bulk.md")
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert printed == [["0.949", "2"], ["0.894", "3"], ["0.707", "1"]]
 
 
 @pytest.mark.slow
@@ -172,7 +198,10 @@ def test_flags_of_commands_exist(page):
 def test_flags_in_text_exist():
     known = set().union(
         *(flags_of((script.name,)) for script in ROOT.glob("scripts/*.py") if "arguments" in script.read_text()),
-        *(flags_of(("benchmark.py", name)) for name in ("models", "decoding", "prediction", "export", "growth")),
+        *(
+            flags_of(("benchmark.py", name))
+            for name in ("models", "decoding", "prediction", "bulk", "export", "growth")
+        ),
         flags_of(("compare.py", "methods")),
         ("--help", "--num_processes", "--nnodes", "--cpu"),  # the last three of the launchers
     )

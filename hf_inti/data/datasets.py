@@ -79,7 +79,7 @@ def load_video_dataset(
 def _load_shards(source: str, streaming: bool, cache_dir: str | os.PathLike | None) -> Dataset | IterableDataset:
     """WebDataset tars; they have no splits of their own."""
     source = os.path.join(glob.escape(source), "*.tar") if os.path.isdir(source) else source
-    files = sorted(name for pattern in _expand_braces(source) for name in glob.glob(pattern) or [pattern])
+    files = sorted(name for pattern in layouts.expand_braces(source) for name in glob.glob(pattern) or [pattern])
     missing = [name for name in files if "://" not in name and not os.path.isfile(name)]
     if missing:
         raise ValueError(
@@ -102,16 +102,6 @@ def _load_shards(source: str, streaming: bool, cache_dir: str | os.PathLike | No
 
 def _is_video(column: str) -> bool:
     return column.rpartition(".")[2].lower() in layouts.VIDEO_EXTENSIONS
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last = match.groups()
-    numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    return [p for i in numbers for p in _expand_braces(pattern[: match.start()] + i + pattern[match.end() :])]
 
 
 def _two_columns(

@@ -63,7 +63,7 @@ def detect_layout(source: str | os.PathLike) -> str:
 
 def _detect_list(source: str) -> str:
     if source.endswith((".json", ".jsonl")):
-        first = _read_json(source)[0]
+        first = read_json(source)[0]
         return "ssv2" if {"id", "template"} <= first.keys() else "list"
     if re.fullmatch(r"(train|test)list\d+\.txt", os.path.basename(source)):
         return "ucf101"
@@ -132,7 +132,7 @@ def read_folder(source: str, split: str) -> tuple[Rows, list[str]]:
 
 def read_kinetics(source: str, split: str) -> tuple[Rows, None]:
     """Kinetics' official csv (label, youtube_id, time_start, time_end, split): <id>_<start>_<end>.mp4."""
-    table = _read_csv(source)
+    table = read_csv(source)
     if "label" not in table[0]:
         raise ValueError(f"{source} must have a column 'label', got {list(table[0])}; give a labelled list.")
     splits = sorted({row["split"] for row in table if row.get("split")})
@@ -162,7 +162,7 @@ def read_ssv2(source: str, label_names: Sequence[str] | None) -> tuple[Rows, Seq
         numbers = json.loads(_text(files[0]))
         names = sorted(numbers, key=lambda name: int(numbers[name]))
     rows = []
-    for row in _read_json(source):
+    for row in read_json(source):
         if "template" not in row:
             raise ValueError(
                 f"{source} must give the template (label) of every video, got none for {row.get('id')}; "
@@ -178,8 +178,8 @@ def read_ucf101(source: str, split: str) -> tuple[Rows, list[str]]:
     """UCF101's official trainlist01.txt or testlist01.txt (or their folder: fold 1), with classInd.txt."""
     if os.path.isdir(source):
         source = os.path.join(source, "trainlist01.txt" if _same_split(split, "train") else "testlist01.txt")
-    names = [line.split()[1] for line in _lines(os.path.join(os.path.dirname(source), "classInd.txt"))]
-    files = [line.split()[0] for line in _lines(source)]  # the class numbers of training lists are redundant
+    names = [line.split()[1] for line in read_lines(os.path.join(os.path.dirname(source), "classInd.txt"))]
+    files = [line.split()[0] for line in read_lines(source)]  # the class numbers of training lists are redundant
     return [([name, os.path.basename(name)], name.split("/")[0]) for name in files], names
 
 
@@ -190,7 +190,7 @@ def read_hmdb51(source: str, split: str) -> tuple[Rows, list[str]]:
     rows, names = [], []
     for file in sorted(glob.glob(pattern)):
         names.append(re.sub(r"_test_split\d\.txt$", "", os.path.basename(file)))
-        for line in _lines(file):
+        for line in read_lines(file):
             name, _, use = line.rpartition(" ")
             if not name or use not in ("0", "1", "2"):
                 raise ValueError(f"{file} must hold lines 'name 0', 'name 1' or 'name 2', got {line!r}; fix this line.")
@@ -206,14 +206,14 @@ def read_hmdb51(source: str, split: str) -> tuple[Rows, list[str]]:
 def read_list(source: str, video_column: str, label_column: str) -> tuple[Rows, None]:
     """A csv, json, jsonl with named columns, or lines `path label` / `path,label` without a header."""
     if source.endswith((".json", ".jsonl")):
-        table = _read_json(source)
+        table = read_json(source)
     elif label_column in _header(source):
-        table = _read_csv(source)
+        table = read_csv(source)
     else:
         # The path ends at its extension: both paths and class names may contain spaces.
         form = rf"(.+?\.(?:{'|'.join(VIDEO_EXTENSIONS)}))(?:\s*[,;]\s*|\s+)(\S.*)"
         pairs = []
-        for line in _lines(source):
+        for line in read_lines(source):
             match = re.fullmatch(form, line, re.IGNORECASE)
             pair = _cells(line) if '"' in line else []
             if len(pair) != 2 and match is None:
@@ -246,6 +246,16 @@ def _rows(source: str, pairs: Iterable[tuple]) -> Rows:
     return [([str(path)], label) for (path, _), label in zip(pairs, labels, strict=True)]
 
 
+def expand_braces(pattern: str) -> list[str]:
+    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    return [p for i in numbers for p in expand_braces(pattern[: match.start()] + i + pattern[match.end() :])]
+
+
 def _text(path: str) -> str:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
@@ -258,7 +268,7 @@ def _text(path: str) -> str:
         raise ValueError(f"{path} must be a list of videos in UTF-8, got another encoding; save it as UTF-8.") from None
 
 
-def _lines(path: str) -> list[str]:
+def read_lines(path: str) -> list[str]:
     lines = [line.strip() for line in re.split(r"[\r\n]+", _text(path)) if line.strip()]
     if not lines:
         raise ValueError(f"{path} must hold one entry per line, got an empty file; give a list that has them.")
@@ -270,10 +280,10 @@ def _cells(line: str) -> list[str]:
 
 
 def _header(path: str) -> list[str]:
-    return _cells(_lines(path)[0])
+    return _cells(read_lines(path)[0])
 
 
-def _read_csv(path: str) -> list[dict]:
+def read_csv(path: str) -> list[dict]:
     rows = csv.DictReader(io.StringIO(_text(path).strip(), newline=""), skipinitialspace=True)
     rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
     rows = list(rows)
@@ -282,9 +292,9 @@ def _read_csv(path: str) -> list[dict]:
     return rows
 
 
-def _read_json(path: str) -> list[dict]:
+def read_json(path: str) -> list[dict]:
     try:
-        rows = [json.loads(line) for line in _lines(path)] if path.endswith("l") else json.loads(_text(path))
+        rows = [json.loads(line) for line in read_lines(path)] if path.endswith("l") else json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must be valid JSON, got a syntax error ({error}); fix the file.") from None
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):

@@ -1,0 +1,1 @@
+"""Scores or features of many videos, on one machine or a cluster."""

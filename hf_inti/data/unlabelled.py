@@ -1,0 +1,145 @@
+"""Videos without classes: files, folders, URLs, lists and tar shards. Nothing here opens a video."""
+
+import glob
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+
+from .layouts import PATH_COLUMNS, VIDEO_EXTENSIONS, expand_braces, read_csv, read_json, read_lines
+
+
+LISTS = (".txt", ".csv", ".json", ".jsonl", ".parquet")
+READERS = 16  # shards whose headers are read at once: on network drives that is waiting
+
+
+class Clip(NamedTuple):
+    """Where a video is: `path` is a file or an http(s) URL; in a tar shard it has `size` bytes from `offset` on."""
+
+    video: str  # its id: the absolute path, the URL, or the shard's absolute path, "/" and the member's name
+    path: str
+    offset: int = 0
+    size: int = -1  # -1: all of the file
+    error: str | None = None  # why it cannot be read, where that is known already
+
+
+def find_videos(places: Iterable[str]) -> list[str]:
+    """Files and URLs as they are, folders searched. Raises ValueError for a folder without videos."""
+    found = []
+    for place in places:
+        if not Path(place).is_dir():
+            found.append(place)
+            continue
+        inside = _search(place)
+        if not inside:
+            raise ValueError(f"{place} holds no videos; looked for files ending in {', '.join(VIDEO_EXTENSIONS)}.")
+        found += inside
+    return found
+
+
+def find_clips(
+    places: Iterable[str], video_column: str = "video", video_root: str | None = None, allow_outside_root: bool = False
+) -> list[Clip]:
+    """The clips of all places, each id once, in their order.
+
+    A place is a video, a URL, a folder of videos or tar shards, tar shards ("x-*.tar", "x-{000..015}.tar"), or a
+    list: a text file with a path or URL on each line, or csv, json, jsonl or Parquet with `video_column`. Listed paths
+    are relative to `video_root` (default: the list's folder) and must stay in it without `allow_outside_root`. Missing
+    files keep their rows: decoding reports them. Raises ValueError for a place or a list that holds no clips.
+    """
+    clips, shards = {}, []
+    for place in places:
+        if "://" in place:
+            found = [_listed(place, "")]
+        elif place.endswith(".tar"):
+            found, shards = [], shards + _match(place)
+        elif os.path.isdir(place):
+            tars = sorted(glob.glob(os.path.join(glob.escape(place), "*.tar")))
+            shards += tars
+            found = [_listed(path, "") for path in (_search(place) if tars else find_videos([place]))]
+        elif place.lower().endswith(LISTS):
+            found = read_clips(place, video_column, video_root, allow_outside_root)
+        else:
+            found = [_listed(place, "")]
+        clips |= {clip.video: clip for clip in found if clip.video not in clips}
+    with ThreadPoolExecutor(READERS) as pool:
+        for members in pool.map(lambda path: list(read_shard(path)), map(os.path.abspath, shards)):
+            clips |= {clip.video: clip for clip in members if clip.video not in clips}
+    if not clips:
+        raise ValueError(f"there must be videos to read, got none in {', '.join(places)}; give others.")
+    return list(clips.values())
+
+
+def read_clips(source: str, video_column: str, video_root: str | None, allow_outside_root: bool) -> list[Clip]:
+    """The clips of a list; see `find_clips`."""
+    root = os.path.abspath(video_root or os.path.dirname(source))
+    clips = []
+    for name in _column(source, video_column):
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{source} must give a path or URL for every video, got {name!r}; fix this row.")
+        clip = _listed(name, root)
+        if "://" not in name and not allow_outside_root and os.path.commonpath([root, clip.path]) != root:
+            raise ValueError(
+                f"videos of {source} must be in video_root, {root}, got {name}; set video_root to a folder that holds "
+                "them all, or allow_outside_root if you trust the list."
+            )
+        clips.append(clip)
+    return clips
+
+
+def read_shard(path: str) -> Iterator[Clip]:
+    """The videos in a tar, found by its headers alone. Where it cannot be read further, the last clip says so."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile() and member.name.lower().rpartition(".")[2] in VIDEO_EXTENSIONS:
+                    yield Clip(f"{path}/{member.name}", path, member.offset_data, member.size)
+    except (OSError, tarfile.TarError) as error:
+        yield Clip(path, path, error=f"not a tar that can be read to its end: {' '.join(str(error).split())}")
+
+
+def _listed(name: str, root: str) -> Clip:
+    scheme, separator, _ = name.partition("://")
+    if not separator:
+        path = os.path.abspath(os.path.join(root, name))
+        return Clip(path, path)
+    if scheme.lower() not in ("http", "https"):
+        raise ValueError(f"a URL must start with http:// or https://, got {name[:100]}; download or mount it first.")
+    return Clip(name, name)
+
+
+def _column(source: str, video_column: str) -> list[str | None]:
+    """The paths and URLs in a list."""
+    kind = source.lower().rpartition(".")[2]
+    if kind == "txt":
+        return read_lines(source)
+    if kind == "parquet":
+        columns = pq.read_schema(source).names
+    else:
+        rows = read_csv(source) if kind == "csv" else read_json(source)
+        columns = list(rows[0])
+    column = next((name for name in (video_column, "url", *PATH_COLUMNS) if name in columns), None)
+    if column is None:
+        raise ValueError(f"{source} must have a column {video_column!r}, got {columns}; name it with video_column.")
+    if kind == "parquet":
+        return pq.read_table(source, columns=[column])[column].to_pylist()
+    return [row.get(column) for row in rows]
+
+
+def _search(folder: str) -> list[str]:
+    inside = Path(folder).rglob("*")
+    return sorted(str(path) for path in inside if path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS)
+
+
+def _match(pattern: str) -> list[str]:
+    """Shards by name, number range or pattern. Raises ValueError where there are none."""
+    found = []
+    for part in expand_braces(pattern):
+        found += [part] if os.path.isfile(part) else sorted(glob.glob(part))
+    if not found:
+        raise ValueError(f"{pattern} must name tar shards, got no such file; correct the path.")
+    return found

@@ -1,0 +1,437 @@
+"""Bulk inference: what is listed, decoded, computed and written, and that nothing is lost or done twice."""
+
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from conftest import TINY, write_video
+from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
+from hf_inti.bulk import isolation
+from hf_inti.bulk.decoding import ClipDecoder
+from hf_inti.bulk.engine import make_plan
+from hf_inti.bulk.isolation import Died, Isolated
+from hf_inti.bulk.model import ClipModel, Result
+from hf_inti.bulk.shards import Shards
+from hf_inti.data.unlabelled import Clip, find_clips
+from hf_inti.training.checkpoints import load_classifier
+
+
+ROOT = Path(__file__).parents[1]
+LABELS = ("a", "b", "c")
+PATIENCE = 900  # seconds, beside other tests; what is waited for takes a few
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """model/, 4 videos and a broken one in videos/, and 3 others in shards/clips-0.tar and clips-1.tar."""
+    folder = tmp_path_factory.mktemp("bulk")
+    torch.manual_seed(0)
+    config = InTIClipVisionConfig(**TINY, num_frames=8, num_labels=3, id2label=dict(enumerate(LABELS)))
+    InTIClipForVideoClassification(config).save_pretrained(folder / "model")
+    size = {"height": 32, "width": 32}
+    processor = InTIClipVideoProcessor(num_frames=8, size={"shortest_edge": 32}, crop_size=size)
+    processor.save_pretrained(folder / "model")
+    for i in range(7):
+        write_video(folder / ("videos" if i < 4 else "loose") / f"{i}.mp4", frames=10 + i, seed=i)
+    (folder / "videos" / "broken.mp4").write_bytes(b"no video")
+    (folder / "shards").mkdir()
+    for i in (4, 5, 6):
+        with tarfile.open(folder / "shards" / f"clips-{i % 2}.tar", "a") as tar:
+            tar.add(folder / "loose" / f"{i}.mp4", f"{i}.mp4")
+            tar.add(__file__, f"{i}.txt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_classifier(str(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder, loaded) -> dict[str, torch.Tensor]:
+    """The features of all seven, by the name of the file."""
+    model, processor = loaded
+    found = {}
+    for path in [*folder.glob("videos/[0-9].mp4"), *folder.glob("loose/*.mp4")]:
+        pixel_values = processor(str(path), return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            found[path.name] = model.vision_model(pixel_values).pooler_output[0]
+    return found
+
+
+def rows_of(output: Path) -> list[dict]:
+    return [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+# Listing ------------------------------------------------------------------------------------------
+
+
+def test_files_folders_urls_and_shards(folder):
+    places = [folder / "videos", folder / "videos" / "2.mp4", "https://a.org/b.mp4", folder / "gone.mp4"]
+    clips = find_clips([*map(str, places), str(folder / "shards")])
+    shards = folder / "shards"
+    assert [clip.video for clip in clips] == [
+        *(str(folder / "videos" / f"{name}.mp4") for name in (0, 1, 2, 3, "broken")),
+        "https://a.org/b.mp4",
+        str(folder / "gone.mp4"),
+        *(f"{shards}/clips-{k}.tar/{i}.mp4" for k, i in ((0, 4), (0, 6), (1, 5))),
+    ]
+    clip = clips[-1]
+    with open(clip.path, "rb") as file:
+        file.seek(clip.offset)
+        assert file.read(clip.size) == (folder / "loose" / "5.mp4").read_bytes()
+    for pattern in ("clips-{0..1}.tar", "clips-*.tar", "clips-[01].tar"):
+        assert find_clips([str(shards / pattern)]) == clips[-3:], pattern
+
+
+def test_ids_do_not_depend_on_the_working_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder / "videos")
+    assert find_clips(["0.mp4"]) == find_clips([str(folder / "videos" / "0.mp4")])
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "json", "jsonl", "parquet"])
+def test_lists(folder, tmp_path, kind):
+    names = ["videos/1.mp4", "https://a.org/b.mp4", str(folder / "videos" / "0.mp4"), "videos/1.mp4"]
+    path = tmp_path / f"list.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"n": range(4), "place": names}), path)
+    elif kind == "jsonl":
+        path.write_text("".join(f'{{"place": "{name}"}}\n' for name in names))
+    elif kind == "json":
+        path.write_text("[" + ", ".join(f'{{"place": "{name}"}}' for name in names) + "]")
+    else:
+        path.write_text("\n".join([*(["place"] if kind == "csv" else []), *names]))
+    clips = find_clips([str(path)], "place", str(folder))
+    wanted = [str(folder / "videos" / "1.mp4"), "https://a.org/b.mp4", str(folder / "videos" / "0.mp4")]
+    assert [clip.video for clip in clips] == wanted
+
+
+@pytest.mark.parametrize("name", ["../secret.mp4", "/etc/secret.mp4", "videos/../../secret.mp4"])
+def test_lists_stay_in_their_root(tmp_path, name):
+    (tmp_path / "list.txt").write_text(f"{name}\n")
+    with pytest.raises(ValueError, match=f"must be in video_root, {tmp_path}, got {name}"):
+        find_clips([str(tmp_path / "list.txt")])
+    assert len(find_clips([str(tmp_path / "list.txt")], allow_outside_root=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("s3://bucket/a.mp4", "must start with http:// or https://, got s3://bucket/a.mp4"),
+        ("{tmp}/none.tar", "must name tar shards"),
+        ("{tmp}", "holds no videos"),
+        ("{tmp}/list.csv", "must have a column 'video', got \\['name'\\]"),
+        ("{tmp}/list.jsonl", "must give a path or URL for every video, got None"),
+    ],
+)
+def test_places_that_hold_nothing(tmp_path, place, message):
+    (tmp_path / "list.csv").write_text("name\na.mp4\n")
+    (tmp_path / "list.jsonl").write_text('{"video": "a.mp4"}\n{"video": null}\n')
+    with pytest.raises(ValueError, match=message):
+        find_clips([place.format(tmp=tmp_path)])
+
+
+def test_a_shard_that_is_cut_off(folder, tmp_path):
+    whole = (folder / "shards" / "clips-0.tar").read_bytes()
+    second = find_clips([str(folder / "shards" / "clips-0.tar")])[1]
+    (tmp_path / "cut.tar").write_bytes(whole[: second.offset + 600])
+    (tmp_path / "other.tar").write_bytes(b"no tar")
+    first, cut, end, other = find_clips([str(tmp_path)])
+    assert first.error is None and "unexpected end of data" in end.error
+    assert end.video == str(tmp_path / "cut.tar") and other.video == str(tmp_path / "other.tar") and other.error
+    decode = ClipDecoder(InTIClipVideoProcessor.from_pretrained(folder / "model"), Result("features", 48))
+    assert decode(first._asdict())["error"] is None
+    assert "cut off" in decode(cut._asdict())["error"] and decode(end._asdict())["error"] == end.error
+
+
+# Decoding and computing ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output, views", [("features", (1, 1)), ("features", (2, 3)), ("scores", (1, 3))])
+def test_rows_are_what_the_model_says(folder, loaded, output, views):
+    model, processor = loaded
+    result = Result(output, 3 if output == "scores" else 48, LABELS, *views)
+    clips = find_clips([str(folder / "videos"), str(folder / "shards")])
+    decode, compute = ClipDecoder(processor, result), ClipModel(model, processor, result, 1)
+    table = compute(pa.Table.from_pylist([decode(clip._asdict()) for clip in clips]))
+    assert table.schema == result.schema()
+    rows = {Path(row["video"]).name: row for row in table.to_pylist()}
+    broken = rows.pop("broken.mp4")
+    assert broken["error"].startswith("not a video") and all(
+        broken[name] is None for name in broken.keys() - {"video", "error"}
+    )
+    assert len(rows) == 7
+    for name, row in rows.items():
+        path = next(folder.glob(f"*/{name}"))
+        pixel_values = processor(str(path), num_clips=views[0], num_crops=views[1])["pixel_values"]
+        with torch.inference_mode():
+            tower = model.vision_model(pixel_values.flatten(0, -5)).pooler_output
+            wanted = (model.classifier(tower).softmax(-1) if output == "scores" else tower).mean(0)
+        assert row["error"] is None
+        torch.testing.assert_close(torch.tensor(row[output]), wanted, rtol=1e-5, atol=1e-6)
+        if output == "scores":
+            assert row["prediction"] == LABELS[wanted.argmax()] and row["score"] == max(row["scores"])
+
+
+def test_clips_of_several_shapes(loaded):
+    """Without a crop each video keeps its own shape."""
+    model, processor = loaded
+    compute = ClipModel(model, processor, Result("features", 48), 1)
+    clips = [torch.randint(0, 256, (views, 8, 3, 32, 32), dtype=torch.uint8) for views in (1, 2, 1)]
+    alone = [compute.predict([clip])[0] for clip in clips]
+    torch.testing.assert_close(compute.predict(clips), torch.stack(alone))
+
+
+def test_private_addresses_are_refused(loaded):
+    decode = ClipDecoder(loaded[1], Result("features", 48))
+    for host in ("127.0.0.1:9", "169.254.169.254", "localhost", "[::1]"):
+        row = decode(Clip(f"http://{host}/a.mp4", f"http://{host}/a.mp4")._asdict())
+        assert "must be on the public internet" in row["error"] and not row["frames"]
+
+
+class Misbehaves:
+    """Does with a process what the clip asks for."""
+
+    def __call__(self, what: str) -> int:
+        if what == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif what == "hang":
+            time.sleep(1000)
+        elif what == "fill":
+            torch.ones(2**32)
+        return os.getpid()
+
+
+@pytest.mark.slow
+def test_a_clip_that_takes_the_process_with_it(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    call = Isolated(Misbehaves)
+    first = call("work")
+    assert call("work") == first != os.getpid()
+    with pytest.raises(Died, match="^died$"):
+        call("crash")
+    second = call("work")
+    assert second != first
+    monkeypatch.setattr(isolation, "SECONDS", 0.2)
+    with pytest.raises(Died, match="took more than 0.2 s"):
+        call("hang")
+    with pytest.raises(ProcessLookupError):
+        os.kill(second, 0)
+    call.close()
+
+
+# Shards -------------------------------------------------------------------------------------------
+
+SCHEMA = Result("features", 2).schema()
+SETTINGS = {"model": "one", "labels": ["a"]}
+
+
+def table(*videos: str, error: str | None = None) -> pa.Table:
+    rows = [{"video": video, "error": error, "features": None if error else [1.0, 2.0]} for video in videos]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def test_shards_are_whole_or_not_there(tmp_path, monkeypatch):
+    with Shards(tmp_path, SCHEMA, SETTINGS, 2) as shards:
+        shards.add(table("a"))
+        assert not rows_of(tmp_path)
+        shards.add(table("b"))
+        assert [row["video"] for row in rows_of(tmp_path)] == ["a", "b"]
+        shards.add(table("c", error="bad"))
+    assert [path.name for path in sorted(tmp_path.glob("*.parquet"))] == [
+        "shard_000000.parquet",
+        "shard_000001.parquet",
+    ]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)  # after the shard was written, before it has its name
+        with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
+            shards.add(table("d"))
+    assert len(rows_of(tmp_path)) == 3 and list(tmp_path.glob("*.part"))
+    with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
+        assert shards.done == {"a": None, "b": None, "c": "bad"}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_shards_are_known_by_their_content(tmp_path):
+    with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
+        shards.add(table("a"))
+        shards.add(table("b"))
+    (tmp_path / "shard_000000.parquet").rename(tmp_path / "mine.parquet")
+    with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
+        assert set(shards.done) == {"a", "b"}
+        shards.add(table("a", "c"))
+    assert sorted(row["video"] for row in rows_of(tmp_path)) == ["a", "b", "c"]
+
+
+def test_broken_ones_are_tried_again(tmp_path):
+    with Shards(tmp_path, SCHEMA, SETTINGS, 2) as shards:
+        shards.add(table("a"))
+        shards.add(table("b", error="bad"))
+        shards.add(table("c", error="bad"))
+    with Shards(tmp_path, SCHEMA, SETTINGS, 2) as shards:
+        shards.forget_broken()
+        assert set(shards.done) == {"a"}
+    assert [row["video"] for row in rows_of(tmp_path)] == ["a"]
+    with Shards(tmp_path, SCHEMA, SETTINGS, 2) as shards:  # what is left is a shard of these settings
+        assert set(shards.done) == {"a"}
+
+
+def test_shards_that_do_not_fit(tmp_path):
+    with Shards(tmp_path, SCHEMA, SETTINGS, 2) as shards:
+        shards.add(table("a"))
+        with pytest.raises(ValueError, match="must have one run at a time"):
+            Shards(tmp_path, SCHEMA, SETTINGS, 2).__enter__()
+    with pytest.raises(ValueError, match="must have been written with model two, got one in .*shard_000000.parquet"):
+        Shards(tmp_path, SCHEMA, {**SETTINGS, "model": "two"}, 2).__enter__()
+    path = tmp_path / "shard_000000.parquet"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="shard_000000.parquet must be a whole shard, .*; delete it"):
+        Shards(tmp_path, SCHEMA, SETTINGS, 2).__enter__()
+    pq.write_table(pa.table({"video": ["a"]}), path)
+    with pytest.raises(ValueError, match="must have been written with model one, got None"):
+        Shards(tmp_path, SCHEMA, SETTINGS, 2).__enter__()
+
+
+def test_plans():
+    assert make_plan({"CPU": 2, "machines": 1})[:4] == (1, 1, 2, 0)
+    assert make_plan({"CPU": 1, "machines": 1})[:4] == (1, 1, 1, 0)
+    assert make_plan({"CPU": 8, "machines": 2})[:4] == (2, 6, 4, 0)
+    assert make_plan({"CPU": 64, "GPU": 8, "machines": 1}) == (8, 64, 8, 1.0, 8)
+    assert make_plan({"CPU": 64, "GPU": 2, "machines": 1}, models=4, decoders=3, batch_size=2) == (4, 3, 16, 0.5, 2)
+
+
+@pytest.mark.slow
+def test_without_ray(folder, tmp_path):
+    script = str(ROOT / "scripts" / "bulk.py")
+    code = (
+        "import runpy, sys; sys.modules['ray'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
+    )
+    command = [sys.executable, "-c", code, script, folder / "model", folder / "videos", "--output_dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 1 and "pip install 'hf_inti[bulk]'" in done.stderr and done.stderr.startswith("error: ")
+
+
+def environment() -> dict[str, str]:
+    # Ray's processes are nice by default: beside other tests they would wait.
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+
+
+# With Ray -----------------------------------------------------------------------------------------
+
+with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[bulk]'")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A cluster of two nodes on this machine, as `ray start` makes one of two machines, with a token of its own."""
+    log = open(tmp_path_factory.mktemp("ray") / "log.txt", "w+")
+    token = Path(log.name).with_name("token")
+    token.write_text(secrets.token_hex(16))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    nodes = []
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    options = {"stdout": log, "stderr": log, "env": environment()}
+    try:
+        for place in (["--head", f"--port={port}", "--include-dashboard=false"], [f"--address=127.0.0.1:{port}"]):
+            nodes.append(subprocess.Popen([*start, *place], **options))
+            wait_for(lambda: log.seek(0) or log.read().count("Ray runtime started") == len(nodes), nodes)
+        yield f"127.0.0.1:{port}"
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        ended = [node.wait(PATIENCE) for node in reversed(nodes)]
+        log.close()
+        patch.undo()
+    assert len(ended) == 2
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)), "the cluster has not stopped"
+
+
+def wait_for(happened, processes: list[subprocess.Popen], seconds: int = PATIENCE) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "nothing happens"
+        assert all(process.poll() is None for process in processes), "a process has ended"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start_bulk(address):
+    """A function that starts scripts/bulk.py on the cluster."""
+    started = []
+
+    def start(model: Path, output: Path, *places: Path) -> subprocess.Popen:
+        command = [sys.executable, ROOT / "scripts" / "bulk.py", model, *places, "--output_dir", output]
+        command += ["--output", "features", "--shard_rows", "1", "--ray_address", address]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen([*map(str, command)], env=environment(), text=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@with_ray
+def test_two_nodes_a_kill_and_a_longer_list(folder, expected, start_bulk, tmp_path):
+    """Killed when some shards are written, started again with more videos: each video once, computed once."""
+    output = tmp_path / "out"
+    killed = start_bulk(folder / "model", output, folder / "videos")
+    wait_for(lambda: list(output.glob("*.parquet")), [killed])
+    time.sleep(random.uniform(0, 0.2))
+    killed.kill()
+    killed.communicate()
+    before = {path: path.read_bytes() for path in output.glob("*.parquet")}
+    again = start_bulk(folder / "model", output, folder / "videos", folder / "shards")
+    printed, errors = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 0, errors
+    assert "8 videos are in" in printed and "1 of them broken" in printed
+    assert "1 broken videos" in errors and f"{folder / 'videos' / 'broken.mp4'}: not a video" in errors
+    assert all(path.read_bytes() == data for path, data in before.items())
+    rows = rows_of(output)
+    assert sorted(Path(row["video"]).name for row in rows) == [*(f"{i}.mp4" for i in range(7)), "broken.mp4"]
+    for row in rows:
+        if row["error"] is None:
+            wanted = expected[Path(row["video"]).name]
+            torch.testing.assert_close(torch.tensor(row["features"]), wanted, rtol=1e-5, atol=1e-6)
+        else:
+            assert row["features"] is None and row["video"].endswith("broken.mp4")
+
+
+@pytest.mark.slow
+@with_ray
+def test_a_model_that_fails_stops_the_run(folder, start_bulk, tmp_path):
+    """Not a broken video: the processor crops to a size that the model does not take."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    size = {"height": 16, "width": 16}
+    InTIClipVideoProcessor(num_frames=8, crop_size=size).save_pretrained(tmp_path / "model")
+    failed = start_bulk(tmp_path / "model", tmp_path / "out", folder / "videos")
+    _, errors = failed.communicate(timeout=PATIENCE)
+    last = errors.strip().splitlines()[-1]
+    assert failed.returncode == 1 and last.startswith("error: the model must take every batch, got "), errors
+    assert "16" in last and not rows_of(tmp_path / "out")
