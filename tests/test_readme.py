@@ -174,7 +174,7 @@ def test_flags_in_text_exist():
         *(flags_of((script.name,)) for script in ROOT.glob("scripts/*.py") if "arguments" in script.read_text()),
         *(flags_of(("benchmark.py", name)) for name in ("models", "decoding", "prediction", "export", "growth")),
         flags_of(("compare.py", "methods")),
-        ("--help", "--num_processes", "--nnodes", "--cpu"),  # the last three of the launchers
+        ("--help", "--num_processes", "--nnodes", "--cpu", "--config_file"),  # all but the first of the launchers
     )
     for page, text in PAGES.items():
         for code in re.findall(r"`([^`\n]+)`", text):

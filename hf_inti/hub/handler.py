@@ -5,14 +5,23 @@ body. The video is a URL (http or https) or base64, with or without the prefix "
 Response: [{"label": ..., "score": ...}, ...], best first.
 
 Client errors raise a one-line ValueError, returned as HTTP 400.
+
+Videos are decoded by another process, this file run as a script, with limits of time and memory: one that hangs FFmpeg,
+fills the memory or crashes is refused, and the next request gets a new process.
 """
 
 import base64
 import binascii
 import io
 import ipaddress
+import json
+import os
+import selectors
 import socket
 import ssl
+import subprocess
+import sys
+import threading
 import time
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -36,6 +45,8 @@ MAX_BYTES = 64 * 2**20
 MAX_SECONDS = 600.0
 MAX_PIXELS = 3840 * 2160  # per frame
 TIMEOUT = 30  # seconds for a whole download
+DECODING_TIMEOUT = 60  # seconds
+DECODING_MEMORY = 2 * 2**30  # bytes, above what the process has when it starts
 FUNCTIONS = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
@@ -121,6 +132,10 @@ class _Redirects(HTTPRedirectHandler):
         return redirected
 
 
+def _too_large() -> ValueError:
+    return ValueError(f"the video must have at most {MAX_BYTES // 2**20} MiB, got more; send a shorter or smaller one.")
+
+
 def download(url: str) -> bytes:
     """Download `url`; stops after more than `MAX_BYTES`. Raises ValueError if that fails."""
     check_url(url)
@@ -131,6 +146,8 @@ def download(url: str) -> bytes:
     opener = build_opener(ProxyHandler({}), _Handler, _SecureHandler, _Redirects)
     try:
         with opener.open(request, timeout=TIMEOUT) as response:
+            if (response.length or 0) > MAX_BYTES:  # it says so itself
+                raise _too_large()
             while chunk := response.read1(2**20):
                 body += chunk
                 if len(body) > MAX_BYTES:
@@ -157,9 +174,7 @@ def read_video(inputs: str | bytes) -> bytes:
         if comma and not head.endswith(";base64"):
             raise ValueError('a "data:" URL must hold base64, got another encoding; send data:video/mp4;base64,...')
         if len(text) > MAX_BYTES // 3 * 4 + 4:
-            raise ValueError(
-                f"the video must have at most {MAX_BYTES // 2**20} MiB, got more; send a shorter or smaller one."
-            )
+            raise _too_large()
         try:
             body = base64.b64decode("".join(text.split()), validate=True)
         except (binascii.Error, ValueError):
@@ -167,9 +182,7 @@ def read_video(inputs: str | bytes) -> bytes:
     if not body:
         raise ValueError("inputs must hold a video, got nothing; send one.")
     if len(body) > MAX_BYTES:
-        raise ValueError(
-            f"the video must have at most {MAX_BYTES // 2**20} MiB, got more; send a shorter or smaller one."
-        )
+        raise _too_large()
     return body
 
 
@@ -206,6 +219,124 @@ def check_size(body: bytes) -> None:
         ) from None
 
 
+class Decoder:
+    """A process that turns videos into pixels.
+
+    It answers in JSON and plain numbers, so that a hijacked one can run nothing here, and it is given no tokens.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.lock, self.process = path, threading.Lock(), None
+        self._start()
+
+    def __call__(self, body: bytes) -> torch.Tensor:
+        """Pixels (1, T, 3, H, W) of a video. Raises a one-line ValueError for one that cannot be decoded."""
+        with self.lock:
+            if self.process.poll() is not None:
+                self._start()
+            try:
+                answer, pixels = self._ask(body)
+            except (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError) as error:
+                self.close()
+                reason = f"more than {DECODING_TIMEOUT} s" if isinstance(error, TimeoutError) else "a crash"
+                raise ValueError(f"the video must be decodable, got {reason}; send another.") from None
+        if pixels is None:
+            raise ValueError(str(answer["error"]))
+        return pixels
+
+    def _start(self) -> None:
+        command = [sys.executable, os.path.abspath(__file__), self.path]
+        environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name}
+        environment["PYTHONSAFEPATH"] = "1"  # modules of the repository must not hide Python's own
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self._read_line(None)  # it is ready: loading is not the video's time
+
+    def _ask(self, body: bytes) -> tuple[dict, torch.Tensor | None]:
+        """The process's answer, and its pixels unless that is an error."""
+        end = time.monotonic() + DECODING_TIMEOUT
+        limits = {"seconds": MAX_SECONDS, "pixels": MAX_PIXELS, "memory": DECODING_MEMORY}
+        self.process.stdin.write(json.dumps({"bytes": len(body), **limits}).encode() + b"\n")
+        self.process.stdin.write(body)
+        self.process.stdin.flush()
+        answer = json.loads(self._read_line(end))
+        if "error" in answer:
+            return answer, None
+        data = bytearray()
+        while len(data) < min(answer["bytes"], DECODING_MEMORY):
+            data += self._read(2**20, end)
+        return answer, torch.frombuffer(data, dtype=torch.float32).view(answer["shape"])
+
+    def _read_line(self, end: float | None) -> bytes:
+        line = b""
+        while not line.endswith(b"\n"):
+            line += self._read(1, end)
+        return line
+
+    def _read(self, most: int, end: float | None) -> bytes:
+        """What has come, at least a byte. Raises TimeoutError after `end`, EOFError if the process has ended."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(end and max(0.0, end - time.monotonic())):
+                raise TimeoutError
+        data = os.read(self.process.stdout.fileno(), most)
+        if not data:
+            raise EOFError
+        return data
+
+    def close(self) -> None:
+        """End the process; the next video starts another."""
+        self.process.kill()
+        self.process.wait()
+        with suppress(OSError):  # what was not sent yet
+            self.process.stdin.close()
+        self.process.stdout.close()
+
+    def __del__(self):
+        if self.process is not None:
+            self.close()
+
+
+def limit_memory(more: int) -> None:
+    """Let this process take `more` bytes than it has; where the system has no such limit, do nothing."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def decode_requests(path: str) -> None:
+    """What the other process does: a line of JSON and a video come on stdin, a line and its pixels go to stdout."""
+    global MAX_SECONDS, MAX_PIXELS
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    torch.set_num_threads(1)  # memory for threads counts too
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    answers.write(b"{}\n")
+    answers.flush()
+    while line := requests.readline():
+        request = json.loads(line)
+        body = requests.read(request["bytes"])
+        MAX_SECONDS, MAX_PIXELS = request["seconds"], request["pixels"]
+        limit_memory(request["memory"])
+        data = b""
+        try:
+            check_size(body)
+            pixels = processor(body, return_tensors="pt")["pixel_values"].float().contiguous()
+            data = pixels.numpy().tobytes()
+            answer = {"shape": list(pixels.shape), "bytes": len(data)}
+        except (MemoryError, RuntimeError):  # torch's allocator raises the second
+            answer = {
+                "error": "the video must be decodable in the memory of this server, got more; send a smaller one."
+            }
+        except ValueError as error:
+            answer = {"error": " ".join(str(error).split())[:1000]}
+        answers.write(json.dumps(answer).encode() + b"\n" + data)
+        answers.flush()
+
+
 class EndpointHandler:
     """Loads the model in the repository at `path` and answers requests, on the GPU if there is one."""
 
@@ -213,6 +344,7 @@ class EndpointHandler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.decode = Decoder(path)
         model = AutoModelForVideoClassification.from_pretrained(path, trust_remote_code=True, dtype=dtype)
         self.model = model.to(self.device).eval()
         with suppress(ValueError):  # quantised or adapted layers have no faster path
@@ -231,11 +363,13 @@ class EndpointHandler:
             raise ValueError(f"top_k must be a whole number of at least 1, got {top_k!r}; correct it.")
         if not isinstance(function, str) or function not in FUNCTIONS:
             raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {function!r}; correct it.")
-        body = read_video(data["inputs"])
-        check_size(body)
-        pixel_values = self.processor(body, return_tensors="pt")["pixel_values"]  # a damaged video is a ValueError
+        pixel_values = self.decode(read_video(data["inputs"]))
         with torch.inference_mode():
             logits = self.model(pixel_values=pixel_values.to(self.device, self.model.dtype)).logits[0].float().cpu()
         scores, classes = FUNCTIONS[function](logits).topk(min(top_k, logits.shape[0]))
         names = self.model.config.id2label
         return [{"label": names[i], "score": s} for s, i in zip(scores.tolist(), classes.tolist(), strict=True)]
+
+
+if __name__ == "__main__":
+    decode_requests(sys.argv[1])
