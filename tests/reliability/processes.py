@@ -26,6 +26,7 @@ from hf_inti.training.state import TrainingState
 
 GLOBAL_BATCH = 4
 FSDP = {  # what `accelerate launch --config_file scripts/accelerate/fsdp2.yaml` sets
+    "ACCELERATE_USE_CPU": "false",
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",

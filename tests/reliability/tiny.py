@@ -58,7 +58,7 @@ def start(flags: list, log: Path, before: Callable = lambda: None, script: str =
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.setsid()
-    os.environ.update(ACCELERATE_USE_CPU="true", **variables)
+    os.environ.update({"ACCELERATE_USE_CPU": "true", **variables})
     torch.set_num_threads(1)
     before()
     sys.argv = [str(SCRIPTS / f"{script}.py"), *map(str, flags)]
