@@ -5,12 +5,14 @@ import os
 import sys
 import threading
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
@@ -27,6 +29,7 @@ from hf_inti.training.state import MetricsLog, TrainingState, find_checkpoint, n
 from hf_inti.visualization import aggregated_frames, cascaded_weights, confusion_matrix, figure4, training_curves
 
 
+ROOT = Path(__file__).parents[1]
 ALL = [ModelArguments, DataArguments, TrainingArguments]
 REQUIRED = ["--model", "tower", "--train_dir", "videos", "--output_dir", "out"]
 L14 = {
@@ -92,6 +95,7 @@ def test_command_line_wins(recipe):
         ("mixed_precision: fp8", "mixed_precision must be no, bf16 or fp16, got 'fp8'"),
         ("on_bad_video: keep", "on_bad_video must be skip or error, got 'keep'"),
         ("a: [", "recipe.yaml must be valid YAML, got: "),
+        ("epochs: !!python/object/apply:os.getpid []", "recipe.yaml must be valid YAML, got: could not determine"),
         ("- a", "recipe.yaml must be a mapping of settings to values, got a list"),
     ],
 )
@@ -167,6 +171,21 @@ def test_errors_of_scripts_are_one_line():
     assert end.value.code == 1
     with pytest.raises(RuntimeError, match="our bug"):  # with its traceback
         run_script(lambda: fail(RuntimeError("our bug")))
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_zero2"])
+def test_configurations_of_accelerate_load(name):
+    config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes == 8 and config.distributed_type in ("FSDP", "DEEPSPEED")
+    assert (config.fsdp_config or config.deepspeed_config)[{"fsdp2": "fsdp_version"}.get(name, "zero_stage")] == 2
+
+
+def test_settings_that_split_the_weights_are_those_of_the_configuration():
+    """What tests/reliability/processes.py sets, by the names that `accelerate launch` gives the variables."""
+    config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml")).fsdp_config
+    text = (ROOT / "tests" / "reliability" / "processes.py").read_text()
+    for name, value in config.items():
+        assert f'"{name.upper()}": "{str(value).lower() if isinstance(value, bool) else value}"' in text, name
 
 
 # Processor and clips ------------------------------------------------------------------------------
