@@ -133,9 +133,9 @@ def train(
     accelerator, model = state.accelerator, state.model
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=state.total_steps, initial=state.step, desc="Training", unit="step", disable=hidden)
+    losses, videos = [], []  # of the batches of the current step, which may have begun at the end of a stream
     while not (state.done or state.stopped_by):
         model.train()
-        losses, videos = [], []  # of the batches of the current step
         for batch in remaining_batches(loader, state):
             state.batches += 1
             state.bad.add(batch["bad"])

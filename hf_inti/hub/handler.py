@@ -23,7 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -297,14 +298,23 @@ class Decoder:
             self.close()
 
 
-def limit_memory(more: int) -> None:
-    """Let this process take `more` bytes than it has; where the system has no such limit, do nothing."""
-    with suppress(ImportError, OSError, ValueError):
+@contextmanager
+def limited_memory(more: int) -> Iterator[None]:
+    """Let this process take `more` bytes than it has; where the system has no such limit, there is none."""
+    try:
         import resource
 
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size + more, before[1]))
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def decode_requests(path: str) -> None:
@@ -320,12 +330,12 @@ def decode_requests(path: str) -> None:
         request = json.loads(line)
         body = requests.read(request["bytes"])
         MAX_SECONDS, MAX_PIXELS = request["seconds"], request["pixels"]
-        limit_memory(request["memory"])
         data = b""
         try:
-            check_size(body)
-            pixels = processor(body, return_tensors="pt")["pixel_values"].float().contiguous()
-            data = pixels.numpy().tobytes()
+            with limited_memory(request["memory"]):
+                check_size(body)
+                pixels = processor(body, return_tensors="pt")["pixel_values"].float().contiguous()
+                data = pixels.numpy().tobytes()
             answer = {"shape": list(pixels.shape), "bytes": len(data)}
         except (MemoryError, RuntimeError):  # torch's allocator raises the second
             answer = {

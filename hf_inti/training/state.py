@@ -109,7 +109,7 @@ class TrainingState:
         try:
             self.accelerator.load_state(str(checkpoint))
             progress = json.loads((checkpoint / "progress.json").read_text())
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{checkpoint} must be a whole checkpoint, got {error}; restore its files, or delete it to start again."
             ) from error
@@ -272,10 +272,10 @@ def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
             f"output_dir must be a folder without a run, got {output_dir}; resume that run with --resume, or choose "
             "another folder."
         )
-    for folder in (output_dir, output_dir / "checkpoints"):
-        for old in folder.glob("*.old"):
+    for pattern in ("best", "last", "checkpoints/step_*"):
+        for old in output_dir.glob(f"{pattern}.old"):
             recover_folder(old.with_suffix(""))
-        for part in folder.glob("*.part/"):
+        for part in output_dir.glob(f"{pattern}.part"):
             shutil.rmtree(part)
     return newest_checkpoint(output_dir)
 
