@@ -75,6 +75,7 @@ survive: .venv/installed
 	$(RUN) tests/reliability/kills.py --kills 50 --output $(RELIABILITY)/kills.json
 	$(RUN) tests/reliability/faults.py --output $(RELIABILITY)/faults.json
 	$(RUN) tests/reliability/processes.py --output $(RELIABILITY)/processes.json
+	$(RUN) tests/reliability/fsdp.py --output $(RELIABILITY)/fsdp.json
 
 fuzz: .venv/installed
 	$(RUN) tests/fuzz/run.py --cases 20000 $(if $(HF_INTI_TEST_DATA),--videos $(HF_INTI_TEST_DATA)/videos) \

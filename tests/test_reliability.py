@@ -41,11 +41,17 @@ def test_each_fault_gives_one_clear_message_and_loses_nothing():
 
 @pytest.mark.slow
 def test_several_processes_train_and_evaluate_as_one():
-    """Also 2 that split the weights with FSDP2, others that resume, and a job of which a process dies."""
+    """Also others that resume, and a job of which a process dies."""
     found = run("reliability/processes.py")
     assert found["steps"] == 20 and found["loss_last"] < found["loss_first"]
     differences = [name for name in found if "difference" in name]
-    assert len(differences) == 6  # the script compares each with its limit
+    assert len(differences) == 5  # the script compares each with its limit
+
+
+@pytest.mark.slow
+def test_processes_that_split_the_weights_train_as_one():
+    found = run("reliability/fsdp.py", "--steps", 8)
+    assert found["steps"] == 8 and found["loss_last"] != found["loss_first"]
 
 
 @pytest.mark.slow

@@ -181,9 +181,9 @@ def test_configurations_of_accelerate_load(name):
 
 
 def test_settings_that_split_the_weights_are_those_of_the_configuration():
-    """What tests/reliability/processes.py sets, by the names that `accelerate launch` gives the variables."""
+    """What tests/reliability/fsdp.py sets, by the names that `accelerate launch` gives the variables."""
     config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml")).fsdp_config
-    text = (ROOT / "tests" / "reliability" / "processes.py").read_text()
+    text = (ROOT / "tests" / "reliability" / "fsdp.py").read_text()
     for name, value in config.items():
         assert f'"{name.upper()}": "{str(value).lower() if isinstance(value, bool) else value}"' in text, name
 

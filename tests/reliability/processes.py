@@ -3,8 +3,7 @@
     python tests/reliability/processes.py --output results/reliability/processes.json
 
 The same global batch in 1, 2 and 4 processes must give the same losses; a run of 4 processes that is resumed by 2 and
-then by 1 too; evaluation the same scores; FSDP2 the losses of one process, and a checkpoint and a model that one
-process loads. A process that dies must take the job down with a message.
+then by 1 too; evaluation the same scores. A process that dies must take the job down with a message.
 """
 
 import json
@@ -15,24 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from tiny import SCRIPTS, check, main, make_inputs, run, run_processes
 
-from hf_inti import InTIClipForVideoClassification
 from hf_inti.training.state import TrainingState
 
 
 GLOBAL_BATCH = 4
-FSDP = {  # what `accelerate launch --config_file scripts/accelerate/fsdp2.yaml` sets
-    "ACCELERATE_USE_CPU": "false",
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
 # A process that kills itself in its third step.
 DIES = """
 import os, runpy, signal, sys
@@ -115,32 +102,6 @@ def evaluations(model: Path, videos: Path, work: Path) -> dict[int, list[float]]
     return found
 
 
-def shard_on_cpu() -> None:
-    """Accelerate shards only on accelerators: have it take gloo on CPUs for one."""
-    PartialState._prepare_backend = lambda self, *arguments, **options: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-    from accelerate import Accelerator
-
-    prepare = Accelerator.prepare
-
-    def replacement(self, *objects, **options):
-        prepared = prepare(self, *objects, **options)
-        check(self.is_fsdp2, "the run must use FSDP2")
-        placements = [type(parameter.data).__name__ for parameter in prepared[0].parameters()]
-        check(set(placements) == {"DTensor"}, f"all parameters must be split, got {set(placements)}")
-        return prepared
-
-    Accelerator.prepare = replacement
-
-
-def fsdp(flags: list, work: Path) -> list[float]:
-    """The losses of a run of 2 processes that split the weights; one process must load what it saves."""
-    train(2, flags, work / "fsdp", work / "log", shard_on_cpu, **FSDP)
-    model = InTIClipForVideoClassification.from_pretrained(work / "fsdp" / "last")
-    check(all(parameter.isfinite().all() for parameter in model.parameters()), "the saved weights must be finite")
-    return losses(work / "fsdp")
-
-
 def time_to_fail(flags: list, work: Path) -> tuple[float, str]:
     """Seconds from a process's death to the end of torchrun, at most, and the message's first line."""
     (work / "dies.py").write_text(DIES)
@@ -157,11 +118,19 @@ def time_to_fail(flags: list, work: Path) -> tuple[float, str]:
     return seconds, " ".join(lines[0].split())
 
 
-def measure(work: Path, steps: int, torchrun: int) -> dict:
+def long_run(work: Path, steps: int) -> list:
+    """Flags of train.py without the batch size."""
     flags = make_inputs(work)
     at = flags.index("--batch_size")
-    del flags[at : at + 2]
-    flags += ["--flip", "--max_steps", steps, "--epochs", 100, "--checkpoint_every_steps", 1]
+    return [
+        *flags[:at],
+        *flags[at + 2 :],
+        *f"--flip --max_steps {steps} --epochs 100 --checkpoint_every_steps 1".split(),
+    ]
+
+
+def measure(work: Path, steps: int, torchrun: int) -> dict:
+    flags = long_run(work, steps)
     for processes in (1, 2, 4):
         train(processes, flags, work / f"of{processes}", work / "log")
     one = losses(work / "of1")
@@ -172,7 +141,6 @@ def measure(work: Path, steps: int, torchrun: int) -> dict:
     (videos / "a" / "0.mp4").unlink()  # 11 videos: no number of processes divides them
     scores = evaluations(work / "of1" / "last", videos, work)
     result |= {f"evaluation_difference_{n}": difference(scores[1], scores[n]) for n in (2, 4)}
-    result["loss_difference_fsdp2"] = difference(one, fsdp(flags, work))
     if torchrun:
         result["seconds_until_torchrun_fails"], result["torchrun_says"] = time_to_fail(flags, work)
         check(result["seconds_until_torchrun_fails"] < 60, f"it must fail within a minute, got {result}")
