@@ -16,7 +16,6 @@ import io
 import ipaddress
 import json
 import os
-import selectors
 import socket
 import ssl
 import subprocess
@@ -235,12 +234,17 @@ class Decoder:
         with self.lock:
             if self.process.poll() is not None:
                 self._start()
+            end = time.monotonic() + DECODING_TIMEOUT
+            timer = threading.Timer(DECODING_TIMEOUT, self.process.kill)  # ends the wait below, too
+            timer.start()
             try:
                 answer, pixels = self._ask(body)
-            except (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError):
                 self.close()
-                reason = f"more than {DECODING_TIMEOUT} s" if isinstance(error, TimeoutError) else "a crash"
+                reason = f"more than {DECODING_TIMEOUT} s" if time.monotonic() >= end else "a crash"
                 raise ValueError(f"the video must be decodable, got {reason}; send another.") from None
+            finally:
+                timer.cancel()
         if pixels is None:
             raise ValueError(str(answer["error"]))
         return pixels
@@ -251,39 +255,20 @@ class Decoder:
         environment["PYTHONSAFEPATH"] = "1"  # modules of the repository must not hide Python's own
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=environment, **pipes)
-        self._read_line(None)  # it is ready: loading is not the video's time
+        if not self.process.stdout.readline():  # else it is ready: loading is not the video's time
+            raise RuntimeError("the decoding process must start, got its end; see its message above.")
 
     def _ask(self, body: bytes) -> tuple[dict, torch.Tensor | None]:
         """The process's answer, and its pixels unless that is an error."""
-        end = time.monotonic() + DECODING_TIMEOUT
         limits = {"seconds": MAX_SECONDS, "pixels": MAX_PIXELS, "memory": DECODING_MEMORY}
         self.process.stdin.write(json.dumps({"bytes": len(body), **limits}).encode() + b"\n")
         self.process.stdin.write(body)
         self.process.stdin.flush()
-        answer = json.loads(self._read_line(end))
+        answer = json.loads(self.process.stdout.readline(10_000))
         if "error" in answer:
             return answer, None
-        data = bytearray()
-        while len(data) < min(answer["bytes"], DECODING_MEMORY):
-            data += self._read(2**20, end)
+        data = bytearray(self.process.stdout.read(max(0, min(answer["bytes"], DECODING_MEMORY))))
         return answer, torch.frombuffer(data, dtype=torch.float32).view(answer["shape"])
-
-    def _read_line(self, end: float | None) -> bytes:
-        line = b""
-        while not line.endswith(b"\n"):
-            line += self._read(1, end)
-        return line
-
-    def _read(self, most: int, end: float | None) -> bytes:
-        """What has come, at least a byte. Raises TimeoutError after `end`, EOFError if the process has ended."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            if not selector.select(end and max(0.0, end - time.monotonic())):
-                raise TimeoutError
-        data = os.read(self.process.stdout.fileno(), most)
-        if not data:
-            raise EOFError
-        return data
 
     def close(self) -> None:
         """End the process; the next video starts another."""
@@ -323,6 +308,8 @@ def decode_requests(path: str) -> None:
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(1)  # memory for threads counts too
+    import av  # noqa: F401  # now: its memory is not the video's
+
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
     answers.write(b"{}\n")
     answers.flush()
