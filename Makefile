@@ -2,8 +2,8 @@
 # make test       run all tests
 # make check      lint and the fast tests, before a commit
 # make benchmark  measure speed and memory, check the targets: an hour on 2 cores
-# make survive  kill, break and split training runs, compare their ends: a quarter of an hour
-# make fuzz     decode broken videos: a quarter of an hour
+# make survive    kill, break and split training runs, compare their ends: a quarter of an hour
+# make fuzz       decode 100,000 broken videos: hours, resumable
 # make mutants    change hf_inti/model/ line by line, expect a test to fail: hours, resumable
 # make clean      remove what these made
 #
@@ -78,7 +78,7 @@ survive: .venv/installed
 	$(RUN) tests/reliability/fsdp.py --output $(RELIABILITY)/fsdp.json
 
 fuzz: .venv/installed
-	$(RUN) tests/fuzz/run.py --cases 20000 $(if $(HF_INTI_TEST_DATA),--videos $(HF_INTI_TEST_DATA)/videos) \
+	$(RUN) tests/fuzz/run.py --cases 100000 $(if $(HF_INTI_TEST_DATA),--videos $(HF_INTI_TEST_DATA)/videos) \
 		--output $(RELIABILITY)/fuzz.json
 
 mutants: .venv/installed

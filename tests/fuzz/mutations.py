@@ -148,8 +148,8 @@ STRUCTURED: tuple[Callable, ...] = (delete_part, repeat_part, resize_part, extre
 
 
 def mutate(files: list[bytes], draw: random.Random) -> tuple[bytes, str]:
-    """A broken version of one of the files, and what was done to it."""
-    data, other = draw.choice(files), draw.choice(files)
+    """A broken version of one of the files, small ones more often, and what was done to it."""
+    data, other = draw.choices(files, [1 / max(len(file), 10_000) for file in files], k=2)
     names = []
     for _ in range(draw.choice((1, 1, 2, 3))):
         if not data:

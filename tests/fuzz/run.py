@@ -4,9 +4,10 @@
 
 Seeded: a case is made from its number alone. Broken are small files of several containers, and those of --videos. Cases
 are decoded in forks, so that a crash is counted and the next case goes on; --keep saves what crashed, hung or failed
-otherwise.
+otherwise. --output is written after every portion, and the same command continues from there.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -31,18 +32,19 @@ from hf_inti.measure.records import provenance  # noqa: E402
 from hf_inti.model.video_decoding import VideoDecodingError, VideoReader  # noqa: E402
 
 
-SECONDS, MEMORY = 20, 2 * 2**30
+SECONDS, MEMORY, PORTION = 20, 2 * 2**30, 500
+KINDS = ("decoded", "refused", "too_large", "hung", "crashed", "failed")
 CONTAINERS = {"mp4": "libx264", "mkv": "mpeg4", "webm": "libvpx", "avi": "mpeg4", "ts": "mpeg2video", "mov": "mpeg4"}
 EXTENSIONS = (*CONTAINERS, "txt", "m3u8", "jpg")
 
 
-def write_seed(path: Path, codec: str) -> bytes:
+def write_seed(path: Path, codec: str, width: int = 64) -> bytes:
     draw = np.random.default_rng(0)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:  # no random identifiers, no dates
         stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, 48, "yuv420p"
         for _ in range(12):
-            picture = draw.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            picture = draw.integers(0, 255, (48, width, 3), dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return path.read_bytes()
@@ -85,16 +87,16 @@ def work(files: list[bytes], first: int, last: int, seed: int, folder: Path, rep
         report.write(json.dumps({"outcome": outcome, "seconds": time.monotonic() - begin, "kib": more}) + "\n")
 
 
-def outcomes(files: list[bytes], cases: int, seed: int, folder: Path) -> list[dict]:
+def outcomes(files: list[bytes], first: int, last: int, seed: int, folder: Path) -> list[dict]:
     """Of each case, from as many processes as it takes."""
     found = []
-    while len(found) < cases:
+    while first + len(found) < last:
         path = folder / "report"
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's complaints
             with path.open("w", buffering=1) as report:
-                work(files, len(found), cases, seed, folder, report)
+                work(files, first + len(found), last, seed, folder, report)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -106,19 +108,44 @@ def outcomes(files: list[bytes], cases: int, seed: int, folder: Path) -> list[di
     return found
 
 
-def summary(found: list[dict]) -> dict:
-    kinds = Counter(each["outcome"].split()[0] for each in found)
-    longest, largest = (max(found, key=lambda each: each[name]) for name in ("seconds", "kib"))
+def kind(case: dict) -> str:
+    return case["outcome"].split()[0]
+
+
+def summary(before: dict, found: list[dict]) -> dict:
+    """Of the cases that `before` sums up, and of those just found."""
+    kinds = Counter({name: before.get(name, 0) for name in KINDS}) + Counter(map(kind, found))
+    mutations = Counter(before.get("by_mutation", {}))
+    mutations.update(name for case in found for name in case["how"].split("+"))
+    worst = {}
+    for name, unit in (("longest", "seconds"), ("largest", "kib")):
+        worst[name] = max([*([before[name]] if before else []), *found], key=lambda case: case[unit])
     return {
-        "cases": len(found),
-        **{kind: kinds[kind] for kind in ("decoded", "refused", "too_large", "hung", "crashed", "failed")},
-        "longest_seconds": round(longest["seconds"], 3),
-        "longest": f"case {longest['case']}, {longest['how']}",
-        "largest_mib": round(largest["kib"] / 1024, 1),
-        "largest": f"case {largest['case']}, {largest['how']}",
-        "by_mutation": dict(Counter(name for each in found for name in each["how"].split("+")).most_common()),
-        "bad": [each for each in found if each["outcome"].split()[0] in ("hung", "crashed", "failed")][:100],
+        "cases": before.get("cases", 0) + len(found),
+        **{name: kinds[name] for name in KINDS},
+        **worst,
+        "by_mutation": dict(mutations.most_common()),
+        "bad": before.get("bad", []) + [case for case in found if kind(case) in ("hung", "crashed", "failed")][:100],
     }
+
+
+def seeds(folder: Path, videos: Path | None) -> list[bytes]:
+    files = [write_seed(folder / f"seed.{extension}", codec) for extension, codec in CONTAINERS.items()]
+    files.append(files[-2] + write_seed(folder / "wide.ts", CONTAINERS["ts"], width=96))  # the size changes in it
+    if videos:
+        more = [path.read_bytes() for path in sorted(videos.iterdir()) if path.suffix != ".md"]
+        files += [data for data in more if 0 < len(data) <= 10**6]
+    return files
+
+
+def begun(output: Path | None, run: dict) -> dict:
+    """What an earlier run with the same files and seed has written to `output`."""
+    if output is None or not output.exists():
+        return {}
+    before = json.loads(output.read_text())
+    if any(before[name] != value for name, value in run.items()):
+        raise SystemExit(f"error: {output} must be of the same files and seed, got another run's; move it away.")
+    return {name: before[name] for name in ("cases", *KINDS, "longest", "largest", "by_mutation", "bad")}
 
 
 def main() -> int:
@@ -130,20 +157,22 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="a JSON file for the counts, with command, commit and machine")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        files = [write_seed(folder / f"seed.{extension}", codec) for extension, codec in CONTAINERS.items()]
-        if options.videos:
-            more = [path.read_bytes() for path in sorted(options.videos.iterdir()) if path.suffix != ".md"]
-            files += [data for data in more if 0 < len(data) <= 10**6]
-        result = summary(outcomes(files, options.cases, options.seed, folder))
+        files = seeds(Path(name), options.videos)
+        run = {"files": len(files), "seed": options.seed, "sha256": hashlib.sha256(b"".join(files)).hexdigest()}
+        result = begun(options.output, run)
+        where = provenance()
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+        for first in range(result.get("cases", 0), options.cases, PORTION):
+            last = min(first + PORTION, options.cases)
+            result = summary(result, outcomes(files, first, last, options.seed, Path(name)))
+            if options.output:
+                write_json(options.output, {**result, **run, **where})
     for bad in result["bad"] if options.keep else []:
         options.keep.mkdir(parents=True, exist_ok=True)
         data, _ = mutate(files, random.Random(f"{options.seed} {bad['case']}"))
         (options.keep / f"{bad['case']}.bin").write_bytes(data)
     print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, {**result, **provenance()})
     return int(bool(result["bad"]))
 
 
