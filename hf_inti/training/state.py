@@ -168,9 +168,10 @@ class TrainingState:
         """
         self.losses += losses
         stacked = torch.stack(losses)
-        flags = torch.stack([(~stacked.isfinite()).any(), torch.zeros_like(stacked[0], dtype=bool)]).int()
-        flags[1] = self.interruption.signal
-        bad, self.stopped_by = self.accelerator.gather(flags[None]).amax(0).tolist()
+        bad, self.stopped_by = (~stacked.isfinite()).any(), self.interruption.signal
+        if self.accelerator.num_processes > 1:  # one message of two numbers a step
+            flags = torch.stack([bad.int(), bad.new_tensor(self.stopped_by, dtype=torch.int)])
+            bad, self.stopped_by = self.accelerator.gather(flags[None]).amax(0).tolist()
         if not bad:
             return True
         self.skipped += 1

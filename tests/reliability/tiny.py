@@ -137,7 +137,7 @@ def main(description: str, measure: Callable[..., dict], **settings: int) -> Non
     options = vars(parser.parse_args())
     output = options.pop("output")
     output = output and output.absolute()
-    work = Path(tempfile.mkdtemp())
+    where, work = provenance(), Path(tempfile.mkdtemp())
     try:
         os.environ["HF_DATASETS_CACHE"] = str(work)
         with chdir(work):
@@ -147,4 +147,4 @@ def main(description: str, measure: Callable[..., dict], **settings: int) -> Non
     print(json.dumps(result, indent=2))
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, {**result, **provenance()})
+        write_json(output, {**result, **where})
