@@ -25,14 +25,17 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import av  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from fuzz.mutations import mutate  # noqa: E402
 
+from hf_inti.measure import memory  # noqa: E402
 from hf_inti.measure.jobs import write_json  # noqa: E402
 from hf_inti.measure.records import provenance  # noqa: E402
 from hf_inti.model.video_decoding import VideoDecodingError, VideoReader  # noqa: E402
 
 
 SECONDS, MEMORY, PORTION = 20, 2 * 2**30, 500
+CPU = torch.device("cpu")
 KINDS = ("decoded", "refused", "too_large", "hung", "crashed", "failed")
 CONTAINERS = {"mp4": "libx264", "mkv": "mpeg4", "webm": "libvpx", "avi": "mpeg4", "ts": "mpeg2video", "mov": "mpeg4"}
 EXTENSIONS = (*CONTAINERS, "txt", "m3u8", "jpg")
@@ -70,21 +73,23 @@ def decode(data: bytes, folder: Path, draw: random.Random) -> str:
 def work(files: list[bytes], first: int, last: int, seed: int, folder: Path, report) -> None:
     """Decode the cases from `first`, in a process of its own; a line before and after each."""
     with open("/proc/self/statm") as file:
-        size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, -1))
+        pages = [int(number) for number in file.read().split()[:2]]
+    mapped, size = (count * os.sysconf("SC_PAGE_SIZE") for count in pages)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, -1))
     for case in range(first, last):
         draw = random.Random(f"{seed} {case}")
         data, how = mutate(files, draw)
         report.write(json.dumps({"case": case, "how": how}) + "\n")
-        begin, used = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        begin = time.monotonic()
+        memory.reset_peak(CPU)
         signal.alarm(SECONDS)  # the default action kills
         try:
             outcome = decode(data, folder, draw)
         except Exception as error:
             outcome = f"failed with {type(error).__name__}: {error}"
         signal.alarm(0)
-        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used
-        report.write(json.dumps({"outcome": outcome, "seconds": time.monotonic() - begin, "kib": more}) + "\n")
+        more = memory.peak(CPU) - size
+        report.write(json.dumps({"outcome": outcome, "seconds": time.monotonic() - begin, "bytes": more}) + "\n")
 
 
 def outcomes(files: list[bytes], first: int, last: int, seed: int, folder: Path) -> list[dict]:
@@ -103,7 +108,7 @@ def outcomes(files: list[bytes], first: int, last: int, seed: int, folder: Path)
         before, after = lines[::2], lines[1::2]
         if len(after) < len(before):
             hung = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-            after.append({"outcome": "hung" if hung else f"crashed ({status})", "seconds": SECONDS, "kib": 0})
+            after.append({"outcome": "hung" if hung else f"crashed ({status})", "seconds": SECONDS, "bytes": 0})
         found += [{**b, **a} for b, a in zip(before, after, strict=True)]
     return found
 
@@ -118,7 +123,7 @@ def summary(before: dict, found: list[dict]) -> dict:
     mutations = Counter(before.get("by_mutation", {}))
     mutations.update(name for case in found for name in case["how"].split("+"))
     worst = {}
-    for name, unit in (("longest", "seconds"), ("largest", "kib")):
+    for name, unit in (("longest", "seconds"), ("largest", "bytes")):
         worst[name] = max([*([before[name]] if before else []), *found], key=lambda case: case[unit])
     return {
         "cases": before.get("cases", 0) + len(found),
