@@ -76,6 +76,8 @@ survive: .venv/installed
 	$(RUN) tests/reliability/faults.py --output $(RELIABILITY)/faults.json
 	$(RUN) tests/reliability/processes.py --output $(RELIABILITY)/processes.json
 	$(RUN) tests/reliability/fsdp.py --output $(RELIABILITY)/fsdp.json
+	$(RUN) tests/reliability/steady.py --output $(RELIABILITY)/steady.json
+	$(RUN) tests/reliability/lengths.py --output $(RELIABILITY)/lengths.json
 
 fuzz: .venv/installed
 	$(RUN) tests/fuzz/run.py --cases 100000 $(if $(HF_INTI_TEST_DATA),--videos $(HF_INTI_TEST_DATA)/videos) \
