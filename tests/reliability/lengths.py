@@ -9,6 +9,7 @@ what it holds before. The list of packets grows with the length, the frames held
 import json
 import os
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -37,7 +38,7 @@ def write_long_video(path: Path, seconds: int) -> None:
         ]
         for t in range(seconds * RATE):
             frame = frames[t % len(frames)]
-            frame.pts, frame.time_base = t, stream.codec_context.time_base
+            frame.pts, frame.time_base = t, Fraction(1, RATE)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
