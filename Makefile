@@ -78,6 +78,7 @@ survive: .venv/installed
 	$(RUN) tests/reliability/fsdp.py --output $(RELIABILITY)/fsdp.json
 	$(RUN) tests/reliability/steady.py --output $(RELIABILITY)/steady.json
 	$(RUN) tests/reliability/lengths.py --output $(RELIABILITY)/lengths.json
+	$(RUN) tests/reliability/report.py
 
 fuzz: .venv/installed
 	$(RUN) tests/fuzz/run.py --cases 100000 $(if $(HF_INTI_TEST_DATA),--videos $(HF_INTI_TEST_DATA)/videos) \

@@ -265,9 +265,9 @@ def test_decoding_has_limits_and_goes_on_after_a_crash(handler, module, reposito
 
     ask = handler.decode._ask
 
-    def die(body):
+    def die(*request):
         handler.decode.process.kill()
-        return ask(body)
+        return ask(*request)
 
     with monkeypatch.context() as patch:
         patch.setattr(handler.decode, "_ask", die)
@@ -288,7 +288,7 @@ def test_the_decoder_gets_no_token(module, repository, monkeypatch):
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
     monkeypatch.setattr(module.subprocess, "Popen", Process)
     with pytest.raises(OSError, match="enough"):
-        module.Decoder(str(repository))
+        module.Decoder("handler.py", str(repository)).start()
     assert "hf_secret" not in given[0].values()
 
 

@@ -22,8 +22,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -186,8 +187,8 @@ def read_video(inputs: str | bytes) -> bytes:
     return body
 
 
-def check_size(body: bytes) -> None:
-    """Raise ValueError for a video longer than `MAX_SECONDS` or larger than `MAX_PIXELS`, or if it is not a video.
+def check_size(body: bytes, max_seconds: float, max_pixels: int) -> None:
+    """Raise ValueError for a video that is longer, or has more pixels in a frame, or if it is not a video.
 
     The duration comes from the packets, which are not decoded; headers may be wrong.
     """
@@ -201,9 +202,9 @@ def check_size(body: bytes) -> None:
             if not container.streams.video:
                 raise ValueError("the file must have a video stream, got none; send another.")
             stream = container.streams.video[0]
-            if stream.width * stream.height > MAX_PIXELS:
+            if stream.width * stream.height > max_pixels:
                 raise ValueError(
-                    f"frames must have at most {MAX_PIXELS} pixels, got {stream.width} x {stream.height}; "
+                    f"frames must have at most {max_pixels} pixels, got {stream.width} x {stream.height}; "
                     "scale the video down."
                 )
             for packet in container.demux(stream):
@@ -211,8 +212,8 @@ def check_size(body: bytes) -> None:
                 if packet.pts is not None and packet.time_base is not None:
                     seconds = max(seconds, float(packet.pts * packet.time_base))
                 # Timestamps may be missing: assume at most 120 frames per second.
-                if max(seconds, packets / 120) > MAX_SECONDS:
-                    raise ValueError(f"the video must last at most {MAX_SECONDS:.0f} s, got more; cut it.")
+                if max(seconds, packets / 120) > max_seconds:
+                    raise ValueError(f"the video must last at most {max_seconds:.0f} s, got more; cut it.")
     except av.FFmpegError:
         raise ValueError(
             "inputs must be a readable video, got other bytes; send a whole mp4, webm, mov or avi file."
@@ -225,20 +226,22 @@ class Decoder:
     It answers in JSON and plain numbers, so that a hijacked one can run nothing here, and it is given no tokens.
     """
 
-    def __init__(self, path: str):
-        self.path, self.lock, self.process = path, threading.Lock(), None
-        self._start()
+    def __init__(self, *script: str):
+        """`script`: a Python file that calls `answer_requests`, and its arguments. The first video starts it."""
+        self.script, self.lock, self.process = script, threading.Lock(), None
 
-    def __call__(self, body: bytes) -> torch.Tensor:
-        """Pixels (1, T, 3, H, W) of a video. Raises a one-line ValueError for one that cannot be decoded."""
+    def __call__(self, body: bytes, **request: object) -> torch.Tensor:
+        """Pixels (1, T, 3, H, W) of a video; the script gets `request`, plain values, with it.
+
+        Raises a one-line ValueError for a video that cannot be decoded.
+        """
         with self.lock:
-            if self.process.poll() is not None:
-                self._start()
+            self.start()
             end = time.monotonic() + DECODING_TIMEOUT
             timer = threading.Timer(DECODING_TIMEOUT, self.process.kill)  # ends the wait below, too
             timer.start()
             try:
-                answer, pixels = self._ask(body)
+                answer, pixels = self._ask(body, request)
             except (OSError, ValueError, KeyError, TypeError, RuntimeError):
                 self.close()
                 reason = f"more than {DECODING_TIMEOUT} s" if time.monotonic() >= end else "a crash"
@@ -249,19 +252,21 @@ class Decoder:
             raise ValueError(str(answer["error"]))
         return pixels
 
-    def _start(self) -> None:
-        command = [sys.executable, os.path.abspath(__file__), self.path]
+    def start(self) -> None:
+        """Start the process unless it runs; returns when it is ready, for loading is not a video's time."""
+        if self.process is not None and self.process.poll() is None:
+            return
         environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name}
         environment["PYTHONSAFEPATH"] = "1"  # modules of the repository must not hide Python's own
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
-        if not self.process.stdout.readline():  # else it is ready: loading is not the video's time
+        self.process = subprocess.Popen([sys.executable, *self.script], env=environment, **pipes)
+        if not self.process.stdout.readline():
             raise RuntimeError("the decoding process must start, got its end; see its message above.")
 
-    def _ask(self, body: bytes) -> tuple[dict, torch.Tensor | None]:
+    def _ask(self, body: bytes, request: dict) -> tuple[dict, torch.Tensor | None]:
         """The process's answer, and its pixels unless that is an error."""
-        limits = {"seconds": MAX_SECONDS, "pixels": MAX_PIXELS, "memory": DECODING_MEMORY}
-        self.process.stdin.write(json.dumps({"bytes": len(body), **limits}).encode() + b"\n")
+        head = {"bytes": len(body), "memory": DECODING_MEMORY, "request": request}
+        self.process.stdin.write(json.dumps(head).encode() + b"\n")
         self.process.stdin.write(body)
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline(10_000))
@@ -272,6 +277,8 @@ class Decoder:
 
     def close(self) -> None:
         """End the process; the next video starts another."""
+        if self.process is None:
+            return
         self.process.kill()
         self.process.wait()
         with suppress(OSError):  # what was not sent yet
@@ -279,8 +286,7 @@ class Decoder:
         self.process.stdout.close()
 
     def __del__(self):
-        if self.process is not None:
-            self.close()
+        self.close()
 
 
 @contextmanager
@@ -302,26 +308,26 @@ def limited_memory(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def decode_requests(path: str) -> None:
-    """What the other process does: a line of JSON and a video come on stdin, a line and its pixels go to stdout."""
-    global MAX_SECONDS, MAX_PIXELS
+def answer_requests(load: Callable[[], Callable[..., torch.Tensor]]) -> None:
+    """What a decoder's script does: a line of JSON and a video come on stdin, a line and its pixels go to stdout.
+
+    `load()` gives the function from a video's bytes, and the request as keywords, to its pixels; its ValueErrors are
+    answers.
+    """
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     torch.set_num_threads(1)  # memory for threads counts too
     import av  # noqa: F401  # now: its memory is not the video's
 
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    read = load()
     answers.write(b"{}\n")
     answers.flush()
     while line := requests.readline():
-        request = json.loads(line)
-        body = requests.read(request["bytes"])
-        MAX_SECONDS, MAX_PIXELS = request["seconds"], request["pixels"]
-        data = b""
+        head = json.loads(line)
+        body, data = requests.read(head["bytes"]), b""
         try:
-            with limited_memory(request["memory"]):
-                check_size(body)
-                pixels = processor(body, return_tensors="pt")["pixel_values"].float().contiguous()
+            with limited_memory(head["memory"]):
+                pixels = read(body, **head["request"]).float().contiguous()
                 data = pixels.numpy().tobytes()
             answer = {"shape": list(pixels.shape), "bytes": len(data)}
         except (MemoryError, RuntimeError):  # torch's allocator raises the second
@@ -334,6 +340,17 @@ def decode_requests(path: str) -> None:
         answers.flush()
 
 
+def load_reader(path: str) -> Callable[..., torch.Tensor]:
+    """For `answer_requests`: the processor at `path`."""
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+
+    def read(body: bytes, seconds: float, pixels: int) -> torch.Tensor:
+        check_size(body, seconds, pixels)
+        return processor(body, return_tensors="pt")["pixel_values"]
+
+    return read
+
+
 class EndpointHandler:
     """Loads the model in the repository at `path` and answers requests, on the GPU if there is one."""
 
@@ -341,7 +358,8 @@ class EndpointHandler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        self.decode = Decoder(path)
+        self.decode = Decoder(os.path.abspath(__file__), path)
+        self.decode.start()
         model = AutoModelForVideoClassification.from_pretrained(path, trust_remote_code=True, dtype=dtype)
         self.model = model.to(self.device).eval()
         with suppress(ValueError):  # quantised or adapted layers have no faster path
@@ -360,7 +378,7 @@ class EndpointHandler:
             raise ValueError(f"top_k must be a whole number of at least 1, got {top_k!r}; correct it.")
         if not isinstance(function, str) or function not in FUNCTIONS:
             raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {function!r}; correct it.")
-        pixel_values = self.decode(read_video(data["inputs"]))
+        pixel_values = self.decode(read_video(data["inputs"]), seconds=MAX_SECONDS, pixels=MAX_PIXELS)
         with torch.inference_mode():
             logits = self.model(pixel_values=pixel_values.to(self.device, self.model.dtype)).logits[0].float().cpu()
         scores, classes = FUNCTIONS[function](logits).topk(min(top_k, logits.shape[0]))
@@ -369,4 +387,4 @@ class EndpointHandler:
 
 
 if __name__ == "__main__":
-    decode_requests(sys.argv[1])
+    answer_requests(partial(load_reader, sys.argv[1]))

@@ -34,7 +34,7 @@ from hf_inti.measure.records import provenance  # noqa: E402
 from hf_inti.model.video_decoding import VideoDecodingError, VideoReader  # noqa: E402
 
 
-SECONDS, MEMORY, PORTION = 20, 2 * 2**30, 500
+SECONDS, WAITING, MEMORY, PORTION = 20, 600, 2 * 2**30, 250  # of the processor's time, of the clock's, bytes, cases
 CPU = torch.device("cpu")
 KINDS = ("decoded", "refused", "too_large", "hung", "crashed", "failed")
 CONTAINERS = {"mp4": "libx264", "mkv": "mpeg4", "webm": "libvpx", "avi": "mpeg4", "ts": "mpeg2video", "mov": "mpeg4"}
@@ -71,7 +71,7 @@ def decode(data: bytes, folder: Path, draw: random.Random) -> str:
 
 
 def work(files: list[bytes], first: int, last: int, seed: int, folder: Path, report) -> None:
-    """Decode the cases from `first`, in a process of its own; a line before and after each."""
+    """Decode the cases from `first`, in a process of its own; a line before and after each. Seconds are its CPU's."""
     with open("/proc/self/statm") as file:
         pages = [int(number) for number in file.read().split()[:2]]
     mapped, size = (count * os.sysconf("SC_PAGE_SIZE") for count in pages)
@@ -80,16 +80,18 @@ def work(files: list[bytes], first: int, last: int, seed: int, folder: Path, rep
         draw = random.Random(f"{seed} {case}")
         data, how = mutate(files, draw)
         report.write(json.dumps({"case": case, "how": how}) + "\n")
-        begin = time.monotonic()
+        begin = time.process_time()
         memory.reset_peak(CPU)
-        signal.alarm(SECONDS)  # the default action kills
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the default action of both signals kills
+        signal.alarm(WAITING)
         try:
             outcome = decode(data, folder, draw)
         except Exception as error:
             outcome = f"failed with {type(error).__name__}: {error}"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         more = memory.peak(CPU) - size
-        report.write(json.dumps({"outcome": outcome, "seconds": time.monotonic() - begin, "bytes": more}) + "\n")
+        report.write(json.dumps({"outcome": outcome, "seconds": time.process_time() - begin, "bytes": more}) + "\n")
 
 
 def outcomes(files: list[bytes], first: int, last: int, seed: int, folder: Path) -> list[dict]:
@@ -107,7 +109,7 @@ def outcomes(files: list[bytes], first: int, last: int, seed: int, folder: Path)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         before, after = lines[::2], lines[1::2]
         if len(after) < len(before):
-            hung = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+            hung = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF)
             after.append({"outcome": "hung" if hung else f"crashed ({status})", "seconds": SECONDS, "bytes": 0})
         found += [{**b, **a} for b, a in zip(before, after, strict=True)]
     return found
