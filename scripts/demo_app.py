@@ -92,7 +92,8 @@ def load_classifier(name: str) -> Classifier:
     black = torch.zeros(processor.num_frames, 48, 48, 3, dtype=torch.uint8)
     views = {"num_clips": 1, "num_crops": 1, "do_rescale": False, "do_normalize": False}
     classify(model, processor, processor(black, **views)["pixel_values"])  # what does not fit fails now
-    return Classifier(model, processor, *costs, Decoder(str(Path(__file__).with_name("demo_clips.py")), name))
+    script = str(Path(__file__).with_name("demo_clips.py"))  # has no token, so it gets options and no name on the Hub
+    return Classifier(model, processor, *costs, Decoder(script, processor.to_json_string()))
 
 
 def read_clip(classifier: Classifier, path: str, args: DemoArguments) -> torch.Tensor:

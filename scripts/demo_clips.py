@@ -4,6 +4,7 @@ demo_app.py starts it and talks to it over pipes, with limits of time and memory
 """
 
 import io
+import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,9 +45,9 @@ def open_clip(body: bytes, name: str, max_seconds: float, max_pixels: int) -> io
     return file
 
 
-def load_reader(model: str) -> Callable[..., torch.Tensor]:
-    """For `answer_requests`: the frames that a model sees of a clip, (1, T, 3, H, W) from 0 to 255."""
-    processor = InTIClipVideoProcessor.from_pretrained(model)
+def load_reader(options: str) -> Callable[..., torch.Tensor]:
+    """For `answer_requests`: what a processor with these options, as JSON, sees of a clip, (1, T, 3, H, W) to 255."""
+    processor = InTIClipVideoProcessor.from_dict(json.loads(options))
 
     def read(body: bytes, **limits: object) -> torch.Tensor:
         views = {"num_clips": 1, "num_crops": 1}

@@ -256,6 +256,7 @@ class Decoder:
         """Start the process unless it runs; returns when it is ready, for loading is not a video's time."""
         if self.process is not None and self.process.poll() is None:
             return
+        self.close()
         environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name}
         environment["PYTHONSAFEPATH"] = "1"  # modules of the repository must not hide Python's own
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
