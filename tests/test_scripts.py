@@ -133,7 +133,7 @@ def environment(**more):
 
 def python(*command, cwd=None, **variables):
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, env=environment(**variables), cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment(**variables), cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
 def lines_of(path):
