@@ -83,7 +83,7 @@ def main() -> None:
         path = FOLDER / f"{row.__name__}.json"
         if path.exists():
             found = json.loads(path.read_text())
-            script = found["command"].removeprefix("python ").partition(" --output")[0]
+            script = found["command"].split()[1]  # the file has its flags
             rows.append([*row(found), f"`{script}`", f"`{path.name}`"])
     (FOLDER / "summary.md").write_text(markdown_table(HEADS, rows, left=range(len(HEADS))))
     write_json(FOLDER / "summary.json", {"rows": rows, **provenance()})
