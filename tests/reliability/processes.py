@@ -116,7 +116,7 @@ def time_to_fail(flags: list, work: Path) -> tuple[float, str]:
     lines = [line for line in done.stderr.splitlines() if "exitcode" in line and "-9" in line]
     check(lines, f"torchrun must name what died, got {done.stderr}")
     check(len(losses(work / "dies")) == 2, f"it must die before the third loss, got {losses(work / 'dies')}")
-    return seconds, " ".join(lines[0].split())
+    return seconds, lines[0].partition("] ")[2].partition(" (pid")[0]
 
 
 def long_run(work: Path, steps: int) -> list:
