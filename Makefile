@@ -2,6 +2,8 @@
 # make test       run all tests
 # make check      lint and the fast tests, before a commit
 # make benchmark  measure speed and memory, check the targets: an hour on 2 cores
+# make survive    kill, break and split training runs, compare their ends: a quarter of an hour
+# make fuzz       decode 100,000 broken videos: hours, resumable
 # make mutants    change hf_inti/model/ line by line, expect a test to fail: hours, resumable
 # make clean      remove what these made
 #
@@ -19,7 +21,7 @@ RECORD ?= demo/demo.json
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 RUN = .venv/bin/python
 
-.PHONY: demo test benchmark mutants check lint clean
+.PHONY: demo test benchmark survive fuzz mutants check lint clean
 
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -67,6 +69,21 @@ benchmark: .venv/installed
 	$(BENCHMARK) bulk scripts/benchmarks/bulk.yaml
 	$(BENCHMARK) export scripts/benchmarks/export.yaml $(OUT)/export
 	$(BENCHMARK) growth scripts/benchmarks/growth.yaml $(OUT)/growth
+
+RELIABILITY = results/reliability
+
+survive: .venv/installed
+	$(RUN) tests/reliability/kills.py --kills 50 --output $(RELIABILITY)/kills.json
+	$(RUN) tests/reliability/faults.py --output $(RELIABILITY)/faults.json
+	$(RUN) tests/reliability/processes.py --output $(RELIABILITY)/processes.json
+	$(RUN) tests/reliability/fsdp.py --output $(RELIABILITY)/fsdp.json
+	$(RUN) tests/reliability/steady.py --output $(RELIABILITY)/steady.json
+	$(RUN) tests/reliability/lengths.py --output $(RELIABILITY)/lengths.json
+	$(RUN) tests/reliability/report.py
+
+fuzz: .venv/installed
+	$(RUN) tests/fuzz/run.py --cases 100000 $(if $(HF_INTI_TEST_DATA),--videos $(HF_INTI_TEST_DATA)/videos) \
+		--output $(RELIABILITY)/fuzz.json
 
 mutants: .venv/installed
 	$(PIP) -e ".[test,mutants]"

@@ -13,20 +13,18 @@ import logging
 import os
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import torch
 from make_demo_data import render_clip, write_video
 from PIL import Image
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig, VideoDecodingError
 from hf_inti.data.layouts import VIDEO_EXTENSIONS
+from hf_inti.hub.handler import Decoder
 from hf_inti.measure.costs import Cost, count_costs
-from hf_inti.model.video_decoding import VideoReader
 from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.visualization import draw_compression
 
@@ -60,9 +58,6 @@ footer { display: none !important; }
 }
 """
 
-# No protocol but the file in hand, for playlists would read others; odd metadata is no reason to refuse a video.
-OPENING = {"metadata_errors": "ignore", "options": {"protocol_whitelist": ""}}
-
 
 @dataclass
 class DemoArguments:
@@ -80,6 +75,7 @@ class Classifier(NamedTuple):
     processor: InTIClipVideoProcessor
     cost: Cost  # of one clip
     naive: Cost  # of Naive on the same tower
+    decode: Decoder  # another process
 
 
 def load_classifier(name: str) -> Classifier:
@@ -93,43 +89,44 @@ def load_classifier(name: str) -> Classifier:
     naive = InTIClipVisionConfig.from_dict({**model.config.to_dict(), **plain})
     costs = [count_costs(config, processor.num_frames)["total"] for config in (model.config, naive)]
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    classifier = Classifier(model, processor, *costs)
-    run(classifier, torch.zeros(processor.num_frames, 48, 48, 3, dtype=torch.uint8))  # what does not fit fails now
-    return classifier
+    black = torch.zeros(processor.num_frames, 48, 48, 3, dtype=torch.uint8)
+    views = {"num_clips": 1, "num_crops": 1, "do_rescale": False, "do_normalize": False}
+    classify(model, processor, processor(black, **views)["pixel_values"])  # what does not fit fails now
+    script = str(Path(__file__).with_name("demo_clips.py"))  # has no token, so it gets options and no name on the Hub
+    return Classifier(model, processor, *costs, Decoder(script, processor.to_json_string()))
 
 
-def run(classifier: Classifier, video) -> tuple:
+def read_clip(classifier: Classifier, path: str, args: DemoArguments) -> torch.Tensor:
+    """Frames (1, T, 3, H, W) from 0 to 255.
+
+    Raises VideoDecodingError for what cannot be decoded, and for more bytes, pixels or seconds than `args` allows.
+    """
+    name = Path(path).name
+    if os.path.getsize(path) > args.max_megabytes * 2**20:
+        raise VideoDecodingError(f"{name}: larger than {args.max_megabytes} MiB (cut or compress it)")
+    limits = {"max_seconds": args.max_seconds, "max_pixels": args.max_pixels}
+    try:
+        return classifier.decode(Path(path).read_bytes(), name=name, **limits)
+    except ValueError as error:
+        raise VideoDecodingError(str(error)) from error
+
+
+def run(classifier: Classifier, path: str, args: DemoArguments) -> tuple:
     """One clip of a video -> frames (T, 3, H, W) in [0, 1], the model's output, seconds to read and to compute."""
     start = time.perf_counter()
-    frames = classifier.processor(video, num_clips=1, num_crops=1, do_rescale=False, do_normalize=False)["pixel_values"]
+    frames = read_clip(classifier, path, args)
     read = time.perf_counter()
-    with torch.inference_mode():
-        pixels = classifier.processor.rescale_and_normalize(frames).to(classifier.model.device)
-        out = classifier.model(pixels, output_interpolation_weights=True, output_token_source=True)
-    out.logits = out.logits.float().cpu()  # waits for an accelerator
+    out = classify(classifier.model, classifier.processor, frames)
     return frames[0] / 255, out, (read - start, time.perf_counter() - read)
 
 
-def open_clip(path: str, args: DemoArguments) -> io.BytesIO:
-    """The file in memory, with its own name: so no message of the decoder tells where on the server it lies.
-
-    Raises VideoDecodingError for what is no video, and for more bytes, pixels or seconds than `args` allows.
-    """
-    name, seconds, pixels = Path(path).name, 0, 0
-    if os.path.getsize(path) > args.max_megabytes * 2**20:
-        raise VideoDecodingError(f"{name}: larger than {args.max_megabytes} MiB (cut or compress it)")
-    file = io.BytesIO(Path(path).read_bytes())
-    file.name = name
-    with suppress(Exception), av.open(file, **OPENING) as container:  # headers may be wrong, but cost nothing to read
-        seconds = (container.duration or 0) / av.time_base
-        pixels = max((stream.width * stream.height for stream in container.streams.video), default=0)
-    if pixels > args.max_pixels:
-        raise VideoDecodingError(f"{name}: frames of {pixels} pixels, at most {args.max_pixels} are taken (scale it)")
-    if seconds <= args.max_seconds:
-        seconds = VideoReader(file).duration
-    if seconds > args.max_seconds:
-        raise VideoDecodingError(f"{name}: {seconds:.0f} s long, at most {args.max_seconds:g} s are taken (cut it)")
-    return file
+def classify(model: InTIClipForVideoClassification, processor: InTIClipVideoProcessor, frames: torch.Tensor):
+    """The model's output for frames (1, T, 3, H, W) from 0 to 255."""
+    with torch.inference_mode():
+        pixels = processor.rescale_and_normalize(frames).to(model.device)
+        out = model(pixels, output_interpolation_weights=True, output_token_source=True)
+    out.logits = out.logits.float().cpu()  # waits for an accelerator
+    return out
 
 
 def draw(classifier: Classifier, frames: torch.Tensor, out) -> tuple[Image.Image, str]:
@@ -182,7 +179,7 @@ def build_page(classifier: Classifier, examples: list[Path], args: DemoArguments
         try:
             if path is None:
                 return HINT, gr.update(visible=False), None, ""
-            frames, out, (read, ran) = run(classifier, open_clip(path, args))
+            frames, out, (read, ran) = run(classifier, path, args)
             labels = answer_bars(classifier, out.logits[0])
             labels += f'<p class="note">Read in {read:.2f} s, classified in {ran:.2f} s on this server.</p>'
             return labels, gr.update(visible=True), *draw(classifier, frames, out)
@@ -224,6 +221,7 @@ def find_examples(folder: str) -> list[Path]:
 def serve(args: DemoArguments) -> None:
     """Load the model and serve the page until the process ends."""
     classifier = load_classifier(args.model)
+    classifier.decode.start()
     theme = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"])
     with tempfile.TemporaryDirectory() as rendered:
         if args.examples is None:

@@ -38,6 +38,7 @@ class EvaluationArguments:
     layout: str = field(default="auto", metadata={"help": f"Layout: auto, or one of {', '.join(LAYOUTS)}."})
     split: str = field(default="test", metadata={"help": "Which split, where the dataset has splits."})
     video_root: str | None = field(default=None, metadata={"help": "Where a list's videos lie; default: beside it."})
+    allow_outside_root: bool = field(default=False, metadata={"help": "Let a list name videos outside video_root."})
     compression: str | None = field(
         default=None,
         metadata={
@@ -66,7 +67,13 @@ def main() -> None:
             setattr(processor, name, getattr(args, name))
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     with accelerator.main_process_first():
-        dataset = load_video_dataset(args.data_dir, layout=args.layout, split=args.split, video_root=args.video_root)
+        dataset = load_video_dataset(
+            args.data_dir,
+            layout=args.layout,
+            split=args.split,
+            video_root=args.video_root,
+            allow_outside_root=args.allow_outside_root,
+        )
         dataset = align_labels(dataset, names)
     clips = VideoClips(dataset, EvalTransform(processor, args.num_clips, args.num_crops), on_bad_video="keep")
     loader = evaluation_loader(clips, accelerator, args.batch_size, args.num_workers)

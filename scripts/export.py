@@ -52,6 +52,7 @@ class ExportArguments:
     layout: str = field(default="auto", metadata={"help": f"Their layout: auto, or one of {', '.join(LAYOUTS)}."})
     split: str = field(default="test", metadata={"help": "Which split, where they have splits."})
     video_root: str | None = field(default=None, metadata={"help": "Where a list's videos lie; default: beside it."})
+    allow_outside_root: bool = field(default=False, metadata={"help": "Let a list name videos outside video_root."})
     batch_size: int = field(default=8, metadata={"help": "Videos in each batch of the evaluation."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode in the evaluation."})
 
@@ -75,7 +76,11 @@ def main() -> None:
     if args.evaluate_dir is not None:
         names = [model.config.id2label[i] for i in range(model.config.num_labels)]
         dataset = load_video_dataset(
-            args.evaluate_dir, layout=args.layout, split=args.split, video_root=args.video_root
+            args.evaluate_dir,
+            layout=args.layout,
+            split=args.split,
+            video_root=args.video_root,
+            allow_outside_root=args.allow_outside_root,
         )
         dataset = align_labels(dataset, names)
     output_dir = Path(args.output_dir)

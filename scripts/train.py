@@ -10,6 +10,7 @@ bad_videos.json, and checkpoints/, from which --resume continues.
 
 from collections.abc import Iterable
 from pathlib import Path
+from signal import Signals
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -29,6 +30,7 @@ from hf_inti.hub.push import check_repo_id, check_token, push_model
 from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from hf_inti.training.cli import parse_recipe, run_script
 from hf_inti.training.evaluation import end_processes, evaluate_loader, evaluation_loader
+from hf_inti.training.files import check_writable
 from hf_inti.training.run_info import describe_run
 from hf_inti.training.setup import (
     batches_of_all,
@@ -43,7 +45,7 @@ from hf_inti.training.setup import (
 from hf_inti.training.state import TrainingState, find_checkpoint
 
 
-def main() -> None:
+def main() -> int:
     model_args, data, training = parse_recipe([ModelArguments, DataArguments, TrainingArguments], description=__doc__)
     check_settings(data, training)
     accelerator = Accelerator(
@@ -57,7 +59,9 @@ def main() -> None:
     disable_progress_bar()  # transformers' own, for loading and saving weights
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = find_checkpoint(output_dir, training.resume)
+    with accelerator.main_process_first():  # it tidies up what a killed run left
+        checkpoint = find_checkpoint(output_dir, training.resume)
+    check_writable(output_dir)
 
     train_set, eval_set = load_datasets(data, accelerator)
     label_names = label_names_of(train_set)
@@ -90,8 +94,12 @@ def main() -> None:
         cutmix_alpha=data.cutmix_alpha,
         label_smoothing=data.label_smoothing,
     )
-    train(state, loader, eval_loader, optimizer, processor, mixing, training)
+    with state.interruption:
+        train(state, loader, eval_loader, optimizer, processor, mixing, training)
+    if state.stopped_by and not state.done:
+        return leave(state)
     finish(state, processor, training)
+    return 0
 
 
 def check_settings(data: DataArguments, training: TrainingArguments) -> None:
@@ -118,11 +126,15 @@ def train(
     mixing: BatchMixing,
     training: TrainingArguments,
 ) -> None:
-    """Train from where `state` is to its last step, with evaluations and checkpoints on the way."""
+    """Train from where `state` is to its last step, with evaluations and checkpoints on the way.
+
+    A signal ends it earlier, after the current step or evaluation, with a checkpoint.
+    """
     accelerator, model = state.accelerator, state.model
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=state.total_steps, initial=state.step, desc="Training", unit="step", disable=hidden)
-    while not state.done:
+    losses, videos = [], []  # of the batches of the current step, which may have begun at the end of a stream
+    while not (state.done or state.stopped_by):
         model.train()
         for batch in remaining_batches(loader, state):
             state.batches += 1
@@ -132,21 +144,27 @@ def train(
             with accelerator.accumulate(model):
                 loss = cross_entropy(model(pixel_values=pixel_values).logits.float(), targets)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and training.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                optimizer.step()
+                losses.append(loss.detach())
+                videos += batch["video_ids"]
+                if not accelerator.sync_gradients:  # the next batch adds to the same step
+                    continue
+                if state.end_step(losses, videos, training.max_skipped_steps):
+                    if training.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+                    optimizer.step()
                 optimizer.zero_grad()
-            state.losses.append(loss.detach())
-            if not accelerator.sync_gradients:  # the next batch adds to the same step
-                continue
+            losses, videos = [], []
             state.finish_step()
             bar.update()
             if state.done or due(training.log_every_steps, state.step):
                 state.record_losses()
             if state.done:
                 break
-            if due(training.checkpoint_every_steps, state.step):
+            if state.stopped_by or due(training.checkpoint_every_steps, state.step):
                 state.save()
+            if state.stopped_by:
+                bar.close()
+                return
         end_of_epoch(state, loader, eval_loader, processor, training)
     bar.close()
 
@@ -222,11 +240,22 @@ def finish(state: TrainingState, processor: InTIClipVideoProcessor, training: Tr
         (output_dir / "bad_videos.json").write_text(state.bad.to_json() + "\n")
         if len(state.bad):
             print(state.bad.report())
+        if state.skipped:
+            print(f"{state.skipped} steps were skipped, because their loss was not finite.")
         best = f", the best (top-1 {state.best:.1%}) in {output_dir / 'best'}" if evaluated else ""
         print(f"Trained {state.step} steps; the model is in {output_dir / 'last'}{best}.")
     end_processes(accelerator)
     if training.push_to_hub is not None and accelerator.is_main_process:  # the others need not wait for it
         push_model(output_dir / ("best" if evaluated else "last"), training.push_to_hub, private=training.hub_private)
+
+
+def leave(state: TrainingState) -> int:
+    """The exit status of a run that a signal ended, which schedulers expect: 143 for SIGTERM, 130 for Ctrl-C."""
+    if state.accelerator.is_main_process:
+        name = Signals(state.stopped_by).name
+        tqdm.write(f"Stopped by {name} after step {state.step}; the same command with --resume true continues.")
+    end_processes(state.accelerator)
+    return 128 + state.stopped_by
 
 
 def due(every: int | None, count: int) -> bool:

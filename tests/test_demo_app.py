@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +69,11 @@ def demo():
 
 
 @pytest.fixture(scope="module")
+def clips():
+    return runpy.run_path(str(SCRIPTS / "demo_clips.py"))
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("private_place") / "model")
 
@@ -95,31 +101,44 @@ def clip(tmp_path) -> Path:
 )
 def test_any_model_gives_a_picture(demo, options, words, clip, tmp_path):
     classifier = demo["load_classifier"](str(save_model(tmp_path / "model", **options)))
-    frames, out, seconds = demo["run"](classifier, str(clip))
+    views = {"num_clips": 1, "num_crops": 1, "do_rescale": False, "do_normalize": False}
+    frames = classifier.processor(str(clip), **views)["pixel_values"]
+    frames, out = frames[0] / 255, demo["classify"](classifier.model, classifier.processor, frames)
     picture, sentence = demo["draw"](classifier, frames, out)
     assert words in sentence
     assert len(np.unique(np.asarray(picture.convert("L")))) > 50
-    assert all(0 < part < 10 for part in seconds)
     if "num_frames" in options:  # two rows of five
         assert picture.size == (5 * 32, 2 * 32)
         seen = np.asarray(picture.crop((32, 32, 64, 64)))
         np.testing.assert_allclose(seen, 255 * frames[6].permute(1, 2, 0).numpy(), atol=1)
 
 
-def test_answers_with_the_uploaded_clip(demo, clip, tmp_path):
-    """A model that sees brightness: the answer is what the model says without the page."""
+def test_answers_with_the_uploaded_clip(demo, clip, tmp_path, monkeypatch):
+    """A model that sees brightness: the answer is what the model says without the page, also after decoders died."""
     folder = save_model(tmp_path / "model", compression="none")
     model = InTIClipForVideoClassification.from_pretrained(folder)
     torch.nn.init.normal_(model.classifier.weight)
     model.save_pretrained(folder)
     expected = model.eval()(**InTIClipVideoProcessor.from_pretrained(folder)(str(clip))).logits
     classifier = demo["load_classifier"](str(folder))
-    _, out, _ = demo["run"](classifier, demo["open_clip"](str(clip), demo["DemoArguments"](str(folder))))
+    args = demo["DemoArguments"](str(folder))
+    _, out, seconds = demo["run"](classifier, str(clip), args)
     torch.testing.assert_close(out.logits, expected, rtol=0, atol=1e-5)
+    assert all(part > 0 for part in seconds)
+
+    classifier.decode.process.kill()  # as a crash of the codec would
+    classifier.decode.process.wait()
+    assert torch.equal(demo["run"](classifier, str(clip), args)[1].logits, out.logits)
+    before = classifier.decode.process
+    before.send_signal(signal.SIGSTOP)  # one that hangs
+    monkeypatch.setitem(demo["Decoder"].__call__.__globals__, "DECODING_TIMEOUT", 0.1)
+    with pytest.raises(VideoDecodingError, match="must be decodable, got more than 0.1 s; send another"):
+        demo["run"](classifier, str(clip), args)
+    assert before.poll() is not None
 
 
-def test_bars_escape_labels_and_stop_at_five(demo, model):
-    bars = demo["answer_bars"](demo["load_classifier"](str(model)), torch.tensor(list(LABELS.values())).log())
+def test_bars_escape_labels_and_stop_at_five(demo, classifier):
+    bars = demo["answer_bars"](classifier, torch.tensor(list(LABELS.values())).log())
     assert bars.count("<li>") == 5 and "archery" not in bars
     assert bars.index("&lt;b&gt;juggling") < bars.index("yoga") < bars.index("surfing")
     assert "width: 50.00%" in bars and "<b>" not in bars
@@ -141,17 +160,23 @@ def test_cost_stands_beside_naive(demo, model):
     [
         ({"max_seconds": 1.5}, "2 s long, at most 1.5 s are taken"),
         ({"max_pixels": 48 * 48 - 1}, "frames of 2304 pixels, at most 2303"),
-        ({"max_megabytes": 0}, "larger than 0 MiB"),
     ],
 )
-def test_limits(demo, clip, limits, reason):
-    demo["open_clip"](str(clip), demo["DemoArguments"]("model", max_seconds=2.0, max_pixels=48 * 48))
+def test_limits(clips, clip, limits, reason):
+    taken = {"name": "clip.mp4", "max_seconds": 2.0, "max_pixels": 48 * 48}
+    clips["open_clip"](clip.read_bytes(), **taken)
     with pytest.raises(VideoDecodingError, match=reason) as caught:
-        demo["open_clip"](str(clip), demo["DemoArguments"]("model", **limits))
+        clips["open_clip"](clip.read_bytes(), **{**taken, **limits})
     assert str(caught.value).startswith("clip.mp4: ")
 
 
-def test_a_duration_that_the_header_hides(demo, clip, tmp_path):
+def test_limit_of_bytes(demo, clip):
+    """The file is not even read, let alone handed on."""
+    with pytest.raises(VideoDecodingError, match="^clip.mp4: larger than 0 MiB"):
+        demo["read_clip"](None, str(clip), demo["DemoArguments"]("model", max_megabytes=0))
+
+
+def test_a_duration_that_the_header_hides(clips, clip, tmp_path):
     """A raw stream has no duration to read: its frames are counted."""
     raw = tmp_path / "clip.h264"
     with av.open(str(clip)) as source, av.open(str(raw), "w", format="h264") as target:
@@ -161,16 +186,22 @@ def test_a_duration_that_the_header_hides(demo, clip, tmp_path):
                 packet.stream = stream
                 target.mux(packet)
     with pytest.raises(VideoDecodingError, match=r"clip.h264: \d s long"):
-        demo["open_clip"](str(raw), demo["DemoArguments"]("model", max_seconds=0.2))
+        clips["open_clip"](raw.read_bytes(), name="clip.h264", max_seconds=0.2, max_pixels=48 * 48)
+
+
+@pytest.fixture(scope="module")
+def classifier(demo, model):
+    classifier = demo["load_classifier"](str(model))
+    yield classifier
+    classifier.decode.close()
 
 
 @pytest.mark.parametrize("damage", ["garbage", "cut", "empty"])
-def test_messages_name_the_file_and_no_folder(demo, model, clip, damage):
+def test_messages_name_the_file_and_no_folder(demo, classifier, clip, damage):
     whole = clip.read_bytes()
     clip.write_bytes({"garbage": b"no video" * 50, "cut": whole[: len(whole) // 2], "empty": b""}[damage])
     with pytest.raises(VideoDecodingError) as caught:
-        classifier = demo["load_classifier"](str(model))
-        demo["run"](classifier, demo["open_clip"](str(clip), demo["DemoArguments"]("model")))
+        demo["run"](classifier, str(clip), demo["DemoArguments"]("model"))
     assert str(caught.value).startswith("clip.mp4: ") and "/" not in str(caught.value)
 
 

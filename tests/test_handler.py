@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import shutil
+import signal
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -42,7 +43,9 @@ def module(repository):
 
 @pytest.fixture(scope="module")
 def handler(module, repository):
-    return module.EndpointHandler(str(repository))
+    handler = module.EndpointHandler(str(repository))
+    yield handler
+    handler.decode.close()
 
 
 @pytest.fixture
@@ -230,6 +233,63 @@ def test_limits(handler, module, repository, server, open_network, monkeypatch):
     for inputs in (body, base64.b64encode(body).decode(), f"{server}/clip.mp4"):
         with pytest.raises(ValueError, match="at most 0 MiB, got more"):
             handler({"inputs": inputs})
+
+
+def test_what_says_that_it_is_too_large_is_not_downloaded(module, server, open_network, monkeypatch):
+    read = []
+    monkeypatch.setattr(module.HTTPResponse, "read1", lambda self, n=-1: read.append(n) or b"")
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="at most 0 MiB, got more"):
+        module.download(f"{server}/clip.mp4")
+    assert not read
+
+
+def test_decoding_has_limits_and_goes_on_after_a_crash(handler, module, repository, tmp_path, monkeypatch):
+    body = (repository / "clip.mp4").read_bytes()
+    answer = handler({"inputs": body})
+    write_video(tmp_path / "large.mp4", frames=4, size=512)
+    large = (tmp_path / "large.mp4").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "DECODING_MEMORY", 0)
+        with pytest.raises(ValueError, match="^[^\n]+$"):  # which allocation fails first decides the words
+            handler({"inputs": large})
+    assert handler({"inputs": body}) == answer and handler({"inputs": large})
+
+    before = handler.decode.process
+    before.send_signal(signal.SIGSTOP)  # a codec that hangs, so early that not even the video is read
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "DECODING_TIMEOUT", 0.1)
+        with pytest.raises(ValueError, match="must be decodable, got more than 0.1 s; send another"):
+            handler({"inputs": body + bytes(2**20)})
+    assert handler({"inputs": body}) == answer and before.poll() is not None
+
+    ask = handler.decode._ask
+
+    def die(*request):
+        handler.decode.process.kill()
+        return ask(*request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(handler.decode, "_ask", die)
+        with pytest.raises(ValueError, match="must be decodable, got a crash; send another"):
+            handler({"inputs": body})
+    assert handler({"inputs": body}) == answer
+
+
+def test_the_decoder_gets_no_token(module, repository, monkeypatch):
+    given = []
+
+    class Process:
+        def __init__(self, command, env, **options):
+            given.append(env)
+            raise OSError("enough")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
+    monkeypatch.setattr(module.subprocess, "Popen", Process)
+    with pytest.raises(OSError, match="enough"):
+        module.Decoder("handler.py", str(repository)).start()
+    assert "hf_secret" not in given[0].values()
 
 
 def test_damaged_videos(handler, test_data):

@@ -189,7 +189,7 @@ def test_flags_of_commands_exist(page):
     for words in commands(page):
         script = script_of(words)
         for flag in (word.partition("=")[0] for word in words if script and word.startswith("--")):
-            if flag not in ("--num_processes", "--nnodes", "--nproc_per_node"):  # of the launchers
+            if flag not in ("--num_processes", "--nnodes", "--nproc_per_node", "--config_file"):  # of the launchers
                 assert flag in flags_of(script), f"{page}: {' '.join(script)} has no {flag}"
             checked += 1
     assert checked
@@ -203,7 +203,7 @@ def test_flags_in_text_exist():
             for name in ("models", "decoding", "prediction", "bulk", "export", "growth")
         ),
         flags_of(("compare.py", "methods")),
-        ("--help", "--num_processes", "--nnodes", "--cpu"),  # the last three of the launchers
+        ("--help", "--num_processes", "--nnodes", "--cpu", "--config_file"),  # all but the first of the launchers
     )
     for page, text in PAGES.items():
         for code in re.findall(r"`([^`\n]+)`", text):

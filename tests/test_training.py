@@ -2,27 +2,34 @@
 
 import json
 import os
+import sys
+import threading
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.data.augmentation import ClipAugmentation
 from hf_inti.measure.costs import PARTS, count_costs
 from hf_inti.model.video_decoding import VideoDecodingError
+from hf_inti.training import files
 from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from hf_inti.training.cli import parse_arguments, parse_recipe, run_script
-from hf_inti.training.run_info import check_same_run, describe_run
+from hf_inti.training.files import replace_folder
+from hf_inti.training.run_info import check_same_run, describe_run, same_videos
 from hf_inti.training.setup import TrainTransform, build_optimizer, build_processor, module_kind, parameter_groups
-from hf_inti.training.state import MetricsLog, TrainingState, newest_checkpoint, replace_folder
+from hf_inti.training.state import MetricsLog, TrainingState, find_checkpoint, newest_checkpoint
 from hf_inti.visualization import aggregated_frames, cascaded_weights, confusion_matrix, figure4, training_curves
 
 
+ROOT = Path(__file__).parents[1]
 ALL = [ModelArguments, DataArguments, TrainingArguments]
 REQUIRED = ["--model", "tower", "--train_dir", "videos", "--output_dir", "out"]
 L14 = {
@@ -88,6 +95,7 @@ def test_command_line_wins(recipe):
         ("mixed_precision: fp8", "mixed_precision must be no, bf16 or fp16, got 'fp8'"),
         ("on_bad_video: keep", "on_bad_video must be skip or error, got 'keep'"),
         ("a: [", "recipe.yaml must be valid YAML, got: "),
+        ("epochs: !!python/object/apply:os.getpid []", "recipe.yaml must be valid YAML, got: could not determine"),
         ("- a", "recipe.yaml must be a mapping of settings to values, got a list"),
     ],
 )
@@ -163,6 +171,22 @@ def test_errors_of_scripts_are_one_line():
     assert end.value.code == 1
     with pytest.raises(RuntimeError, match="our bug"):  # with its traceback
         run_script(lambda: fail(RuntimeError("our bug")))
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_zero2"])
+def test_configurations_of_accelerate_load(name):
+    config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes == 8 and config.distributed_type in ("FSDP", "DEEPSPEED")
+    assert (config.fsdp_config or config.deepspeed_config)[{"fsdp2": "fsdp_version"}.get(name, "zero_stage")] == 2
+
+
+def test_settings_that_split_the_weights_are_those_of_the_configuration():
+    """What tests/reliability/fsdp.py sets, by the names that `accelerate launch` gives the variables."""
+    config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml")).fsdp_config
+    text = (ROOT / "tests" / "reliability" / "fsdp.py").read_text()
+    for name, value in config.items():
+        name = name.replace("transformer_layer_cls", "transformer_cls")
+        assert f'"{name.upper()}": "{str(value).lower() if isinstance(value, bool) else value}"' in text, name
 
 
 # Processor and clips ------------------------------------------------------------------------------
@@ -326,11 +350,48 @@ def test_schedule():
 # Files --------------------------------------------------------------------------------------------
 
 
+def write_folders(folder, **texts):
+    for name, text in texts.items():
+        path = folder / name.replace("_", ".")
+        path.mkdir()
+        (path / "file").write_text(text)
+
+
+def folders(folder):
+    return {path.parent.name: path.read_text() for path in folder.glob("*/file")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged on Linux only")
+def test_a_replaced_folder_is_never_absent(tmp_path, monkeypatch):
+    """Looked at before every call to the system, and while another thread looks all the time."""
+    write_folders(tmp_path, best="0")
+    seen, done = set(), threading.Event()
+
+    def look():
+        while not done.is_set():
+            seen.add((tmp_path / "best" / "file").read_text())
+
+    def check(event, *arguments):
+        if not done.is_set() and event.startswith(("os.", "shutil.", "open")):
+            assert os.path.exists(tmp_path / "best" / "file"), event
+
+    sys.addaudithook(check)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for i in range(1, 50):
+            write_folders(tmp_path, best_part=str(i))
+            replace_folder(tmp_path / "best.part", tmp_path / "best")
+            assert folders(tmp_path) == {"best": str(i)}
+    finally:
+        done.set()
+        thread.join()
+    assert seen <= set(map(str, range(50))) and len(seen) > 1
+
+
 @pytest.mark.parametrize("killed_before", [1, 2])
-def test_replacing_a_folder_leaves_one_whole(killed_before, tmp_path, monkeypatch):
-    for name, text in (("best", "old"), ("best.part", "new")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(text)
+def test_where_folders_cannot_be_exchanged_the_old_one_comes_back(killed_before, tmp_path, monkeypatch):
+    write_folders(tmp_path, best="old", best_part="new")
     replace, calls = os.replace, []
 
     def die(*paths):
@@ -339,14 +400,25 @@ def test_replacing_a_folder_leaves_one_whole(killed_before, tmp_path, monkeypatc
             raise KeyboardInterrupt
         replace(*paths)
 
-    monkeypatch.setattr(os, "replace", die)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(files, "exchange", lambda a, b: False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", die)
         replace_folder(tmp_path / "best.part", tmp_path / "best")
-    left = {path.parent.name: path.read_text() for path in tmp_path.glob("*/file")}
-    assert left["best.part"] == "new" and left.get("best", left.get("best.old")) == "old"
-    monkeypatch.setattr(os, "replace", replace)
-    replace_folder(tmp_path / "best.part", tmp_path / "best")  # the next attempt
-    assert {path.parent.name: path.read_text() for path in tmp_path.glob("*/file")} == {"best": "new"}
+    assert folders(tmp_path)["best.part"] == "new"
+    assert find_checkpoint(tmp_path, resume=True) is None  # and tidies up
+    assert folders(tmp_path) == {"best": "old"}
+    write_folders(tmp_path, best_part="new")
+    replace_folder(tmp_path / "best.part", tmp_path / "best")
+    assert folders(tmp_path) == {"best": "new"}
+
+
+def test_a_checkpoint_comes_back_too(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    write_folders(tmp_path / "checkpoints", step_4_old="whole", step_4_part="half")
+    for name in ("old", "part"):
+        os.rename(tmp_path / "checkpoints" / f"step.4.{name}", tmp_path / "checkpoints" / f"step_4.{name}")
+    assert find_checkpoint(tmp_path, resume=True).name == "step_4"
+    assert folders(tmp_path / "checkpoints") == {"step_4": "whole"}
 
 
 def test_newest_checkpoint_is_a_finished_one(tmp_path):
@@ -394,7 +466,7 @@ def test_state_is_restored_in_full(tmp_path, accelerator):
         torch.nn.init.normal_(state.model["tower"].weight)
         optimizer.step()
         state.finish_step()
-    state.epoch, state.batches, state.best = 1, 2, 0.25
+    state.epoch, state.batches, state.best, state.skipped = 1, 2, 0.25, 4
     state.losses = [torch.tensor(0.5), torch.tensor(0.7)]
     state.bad.add({"a.mp4": "truncated\tin the middle"})
     state.record(loss=1.5)
@@ -405,6 +477,7 @@ def test_state_is_restored_in_full(tmp_path, accelerator):
     again, _ = new_state()
     again.start(info, newest_checkpoint(tmp_path))
     assert (again.epoch, again.batches, again.step, again.best, again.done) == (1, 2, 3, 0.25, False)
+    assert again.skipped == 4
     assert torch.equal(torch.stack(again.losses), torch.tensor([0.5, 0.7]))
     assert again.bad.reasons == {"a.mp4": "truncated\tin the middle"}
     assert again.scheduler.last_epoch == 3 and again.scheduler.get_last_lr() == state.scheduler.get_last_lr()
@@ -414,6 +487,24 @@ def test_state_is_restored_in_full(tmp_path, accelerator):
     assert not torch.equal(again.ema.module["tower"].weight, again.model["tower"].weight)
     assert [json.loads(line)["loss"] for line in again.log.path.read_text().splitlines()] == [1.5]
     assert json.loads(again.run_file.read_text())["resumed_at_step"] == 3
+
+
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, accelerator):
+    model = torch.nn.Linear(2, 2)
+    _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)
+    state = TrainingState(tmp_path, accelerator, model, scheduler, total_steps=16)
+    good, nan, inf = (torch.tensor(float(value)) for value in ("1", "nan", "inf"))
+    assert state.end_step([good, good], ["a.mp4", "b.mp4"], limit=2)
+    assert not state.end_step([good, nan], ["a.mp4", "c.mp4"], limit=2)
+    assert not state.end_step([inf], ["d.mp4"], limit=2)
+    assert state.losses == [good, good] and state.skipped == 2 and state.stopped_by == 0
+    with pytest.raises(ValueError) as error:
+        state.end_step([nan], ["e.mp4", "c.mp4"], limit=2)
+    assert str(error.value).startswith(
+        "the loss must be finite, got nan at step 0 (3 such steps, max_skipped_steps is 2) on c.mp4, e.mp4; lower"
+    )
+    state.interruption.signal = 15
+    assert state.end_step([good], [], limit=2) and state.stopped_by == 15
 
 
 def test_losses_must_be_finite(tmp_path, accelerator):
@@ -443,6 +534,28 @@ def test_same_run():
     for name, value in [("num_processes", 2), ("train_fingerprint", "b")]:
         with pytest.raises(ValueError, match=f"{name} must be .* as when the run began, got {value!r}"):
             check_same_run(before, {**described(), name: value})
+
+
+def test_other_processes_may_go_on_with_the_same_global_batch():
+    def described(processes, batch_size, accumulation=1, **more):
+        training = settings(batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        shared = {"train_fingerprint": "a", "eval_fingerprint": None}
+        return describe_run(training, DataArguments(**more), num_processes=processes, **shared)
+
+    before = described(2, 4, 3)
+    for now, batches in [((2, 4, 3), 6), ((4, 2, 3), 6), ((1, 8, 3), 6), ((1, 4, 6), 12), ((3, 8, 1), 2)]:
+        check_same_run(before, described(*now))
+        assert same_videos(6, before, described(*now)) == batches, now
+    with pytest.raises(ValueError, match="num_processes must be 2 as when the run began, got 4"):
+        check_same_run(before, described(4, 4, 3))
+    with pytest.raises(ValueError, match="batch_size must be 4 as when the run began, got 3"):
+        check_same_run(before, described(2, 3, 3))
+    with pytest.raises(ValueError, match="must be 2 and 4 until this epoch ends, got 3 and 8"):
+        same_videos(2, before, described(3, 8, 1))
+    stream = described(2, 4, 3, streaming=True)
+    assert same_videos(0, stream, described(1, 8, 3, streaming=True)) == 0
+    with pytest.raises(ValueError, match="must be 2 and 4 until this epoch ends, got 1 and 8"):
+        same_videos(6, stream, described(1, 8, 3, streaming=True))
 
 
 # Costs --------------------------------------------------------------------------------------------

@@ -171,9 +171,30 @@ def test_plain_list_of_indices(tmp_path, separator):
 def test_plain_list_of_names(tmp_path):
     (tmp_path / "list.csv").write_text("1.mp4,riding a bike\n/abs/2.mp4,yoga\n")
     touch(tmp_path / "1.mp4")
-    dataset = load_video_dataset(tmp_path / "list.csv")
+    with pytest.raises(ValueError, match="must be in video_root, .*, got /abs/2.mp4; set video_root"):
+        load_video_dataset(tmp_path / "list.csv")
+    dataset = load_video_dataset(tmp_path / "list.csv", allow_outside_root=True)
     assert [row["video"]["path"] for row in dataset] == [str(tmp_path / "1.mp4"), "/abs/2.mp4"]
     assert label_names_of(dataset) == ["riding a bike", "yoga"]
+
+
+@pytest.mark.parametrize("name", ["../secret.mp4", "a/../../secret.mp4", "{}/secret.mp4", "{}/lists2/1.mp4"])
+def test_lists_stay_in_their_root(name, tmp_path):
+    touch(tmp_path / "secret.mp4", tmp_path / "lists2" / "1.mp4", tmp_path / "lists" / "a" / "1.mp4")
+    name = name.format(tmp_path)
+    (tmp_path / "lists" / "list.csv").write_text(f"a/1.mp4,yoga\n{name},yoga\n")
+    (tmp_path / "lists" / "list.jsonl").write_text(json.dumps({"video": name, "label": "yoga"}))
+    for source in ("list.csv", "list.jsonl"):
+        with pytest.raises(ValueError, match="listed videos must be in video_root"):
+            load_video_dataset(tmp_path / "lists" / source)
+        assert len(load_video_dataset(tmp_path / "lists" / source, allow_outside_root=True))
+    if name.startswith("/"):
+        assert len(load_video_dataset(tmp_path / "lists" / "list.jsonl", video_root=tmp_path)) == 1
+
+
+def test_class_folders_need_no_root(tmp_path):
+    touch(tmp_path / "videos" / "a" / "1.mp4")
+    assert len(load_video_dataset(tmp_path / "videos", layout="folder", video_root=tmp_path / "other")) == 1
 
 
 def test_a_class_may_be_called_by_a_number(tmp_path):
@@ -659,6 +680,22 @@ def test_streams_share_out_every_video_once(folder, workers, world_size):
         assert item["noise"] == other["noise"] and item["index"] == other["index"]
         assert item["labels"] == int(Path(item["video_id"]).stem) % 2
     assert len({item["index"] for item in alone.values()}) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("shards", "world_size"), [(2, 2), (3, 2), (4, 3), (1, 2)])
+def test_shards_share_out_every_video_once(shards, world_size, workers, tmp_path):
+    """By id, in the second epoch too, and where processes and workers do not divide the shards or their videos."""
+    write_shards(tmp_path / "w", shards=shards, size=5)
+    for epoch in (0, 1):
+        seen = []
+        for rank in range(world_size):
+            dataset = load_video_dataset(tmp_path / "w", label_names=["even", "odd"], streaming=True)
+            place = {"rank": rank, "world_size": world_size, "shuffle_buffer": 4}
+            clips = StreamingVideoClips(dataset, transform, **place)
+            clips.set_epoch(epoch)
+            seen += stems(DataLoader(clips, batch_size=None, num_workers=workers))
+        assert sorted(seen) == [f"{i:04d}" for i in range(5 * shards)]
 
 
 def test_streams_name_the_broken_even_at_the_end(folder):

@@ -25,6 +25,7 @@ def load_video_dataset(
     video_column: str = "video",
     label_column: str = "label",
     cache_dir: str | os.PathLike | None = None,
+    allow_outside_root: bool = False,
 ) -> Dataset | IterableDataset:
     """A dataset with the columns `video` (Video(decode=False): path and bytes) and `label` (ClassLabel).
 
@@ -38,10 +39,11 @@ def load_video_dataset(
     - `streaming`: return an IterableDataset.
     - `video_column`, `label_column`: the columns of a list with a header, of shards or of a Hub dataset.
     - `cache_dir`: for the copies that `load_dataset` makes of shards and Hub data.
+    - `allow_outside_root`: let lists name videos outside `video_root`.
 
     Listed files that are missing keep their rows: decoding reports them. Shards streamed without names keep labels
     as plain int64. Raises ValueError if the layout is unclear, nothing is found, or a label is outside the
-    classes.
+    classes or a listed video outside `video_root`.
     """
     source = os.fspath(source)
     if os.path.exists(source):
@@ -68,7 +70,7 @@ def load_video_dataset(
     else:
         rows, names = getattr(layouts, f"read_{layout}")(source, split)
     folder = source if os.path.isdir(source) else os.path.dirname(source)
-    paths = layouts.locate(rows, video_root or folder)
+    paths = layouts.locate(rows, video_root or folder, allow_outside_root or layout == "folder")
     labels, names = layouts.number_labels([label for _, label in rows], label_names or names)
     features = Features({"video": Video(decode=False), "label": ClassLabel(names=names)})
     dataset = Dataset.from_dict({"video": paths, "label": labels}, features=features)

@@ -72,14 +72,21 @@ def _detect_list(source: str) -> str:
     return "kinetics" if KINETICS_COLUMNS <= set(_header(source)) else "list"
 
 
-def locate(rows: Rows, video_root: str | os.PathLike) -> list[str]:
+def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool = False) -> list[str]:
     """Paths of the rows' videos: the first candidate that exists, else the first one.
 
-    A missing file keeps its row: decoding reports it. Raises ValueError if none of the files exists.
+    A missing file keeps its row: decoding reports it. Raises ValueError if none of the files exists, or if a path leads
+    out of `video_root` (links may) without `allow_outside_root`: a list may come from somebody else.
     """
     paths, found = [], False
     for candidates, _ in rows:
         tried = [os.path.join(video_root, name) for name in candidates]
+        outside = [] if allow_outside_root else [path for path in tried if not _is_inside(path, video_root)]
+        if outside:
+            raise ValueError(
+                f"listed videos must be in video_root, {video_root}, got {outside[0]}; set video_root to a folder that "
+                "holds them all, or allow_outside_root if you trust the list."
+            )
         path = next((name for name in tried if os.path.exists(name)), None)
         found = found or path is not None
         paths.append(path or tried[0])
@@ -90,6 +97,11 @@ def locate(rows: Rows, video_root: str | os.PathLike) -> list[str]:
             f"{' and '.join(tried)}; set video_root= to the folder that holds them."
         )
     return paths
+
+
+def _is_inside(path: str, folder: str | os.PathLike) -> bool:
+    folder = os.path.abspath(folder)
+    return os.path.commonpath([folder, os.path.abspath(path)]) == folder
 
 
 def number_labels(labels: Sequence[str | int], names: Sequence[str] | None = None) -> tuple[list[int], list[str]]:

@@ -5,16 +5,26 @@ body. The video is a URL (http or https) or base64, with or without the prefix "
 Response: [{"label": ..., "score": ...}, ...], best first.
 
 Client errors raise a one-line ValueError, returned as HTTP 400.
+
+Videos are decoded by another process, this file run as a script, with limits of time and memory: one that hangs FFmpeg,
+fills the memory or crashes is refused, and the next request gets a new process.
 """
 
 import base64
 import binascii
 import io
 import ipaddress
+import json
+import os
 import socket
 import ssl
+import subprocess
+import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -36,6 +46,8 @@ MAX_BYTES = 64 * 2**20
 MAX_SECONDS = 600.0
 MAX_PIXELS = 3840 * 2160  # per frame
 TIMEOUT = 30  # seconds for a whole download
+DECODING_TIMEOUT = 60  # seconds
+DECODING_MEMORY = 2 * 2**30  # bytes, above what the process has when it starts
 FUNCTIONS = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
@@ -121,6 +133,10 @@ class _Redirects(HTTPRedirectHandler):
         return redirected
 
 
+def _too_large() -> ValueError:
+    return ValueError(f"the video must have at most {MAX_BYTES // 2**20} MiB, got more; send a shorter or smaller one.")
+
+
 def download(url: str) -> bytes:
     """Download `url`; stops after more than `MAX_BYTES`. Raises ValueError if that fails."""
     check_url(url)
@@ -131,6 +147,8 @@ def download(url: str) -> bytes:
     opener = build_opener(ProxyHandler({}), _Handler, _SecureHandler, _Redirects)
     try:
         with opener.open(request, timeout=TIMEOUT) as response:
+            if (response.length or 0) > MAX_BYTES:  # it says so itself
+                raise _too_large()
             while chunk := response.read1(2**20):
                 body += chunk
                 if len(body) > MAX_BYTES:
@@ -157,9 +175,7 @@ def read_video(inputs: str | bytes) -> bytes:
         if comma and not head.endswith(";base64"):
             raise ValueError('a "data:" URL must hold base64, got another encoding; send data:video/mp4;base64,...')
         if len(text) > MAX_BYTES // 3 * 4 + 4:
-            raise ValueError(
-                f"the video must have at most {MAX_BYTES // 2**20} MiB, got more; send a shorter or smaller one."
-            )
+            raise _too_large()
         try:
             body = base64.b64decode("".join(text.split()), validate=True)
         except (binascii.Error, ValueError):
@@ -167,14 +183,12 @@ def read_video(inputs: str | bytes) -> bytes:
     if not body:
         raise ValueError("inputs must hold a video, got nothing; send one.")
     if len(body) > MAX_BYTES:
-        raise ValueError(
-            f"the video must have at most {MAX_BYTES // 2**20} MiB, got more; send a shorter or smaller one."
-        )
+        raise _too_large()
     return body
 
 
-def check_size(body: bytes) -> None:
-    """Raise ValueError for a video longer than `MAX_SECONDS` or larger than `MAX_PIXELS`, or if it is not a video.
+def check_size(body: bytes, max_seconds: float, max_pixels: int) -> None:
+    """Raise ValueError for a video that is longer, or has more pixels in a frame, or if it is not a video.
 
     The duration comes from the packets, which are not decoded; headers may be wrong.
     """
@@ -188,9 +202,9 @@ def check_size(body: bytes) -> None:
             if not container.streams.video:
                 raise ValueError("the file must have a video stream, got none; send another.")
             stream = container.streams.video[0]
-            if stream.width * stream.height > MAX_PIXELS:
+            if stream.width * stream.height > max_pixels:
                 raise ValueError(
-                    f"frames must have at most {MAX_PIXELS} pixels, got {stream.width} x {stream.height}; "
+                    f"frames must have at most {max_pixels} pixels, got {stream.width} x {stream.height}; "
                     "scale the video down."
                 )
             for packet in container.demux(stream):
@@ -198,12 +212,144 @@ def check_size(body: bytes) -> None:
                 if packet.pts is not None and packet.time_base is not None:
                     seconds = max(seconds, float(packet.pts * packet.time_base))
                 # Timestamps may be missing: assume at most 120 frames per second.
-                if max(seconds, packets / 120) > MAX_SECONDS:
-                    raise ValueError(f"the video must last at most {MAX_SECONDS:.0f} s, got more; cut it.")
+                if max(seconds, packets / 120) > max_seconds:
+                    raise ValueError(f"the video must last at most {max_seconds:.0f} s, got more; cut it.")
     except av.FFmpegError:
         raise ValueError(
             "inputs must be a readable video, got other bytes; send a whole mp4, webm, mov or avi file."
         ) from None
+
+
+class Decoder:
+    """A process that turns videos into pixels.
+
+    It answers in JSON and plain numbers, so that a hijacked one can run nothing here, and it is given no tokens.
+    """
+
+    def __init__(self, *script: str):
+        """`script`: a Python file that calls `answer_requests`, and its arguments. The first video starts it."""
+        self.script, self.lock, self.process = script, threading.Lock(), None
+
+    def __call__(self, body: bytes, **request: object) -> torch.Tensor:
+        """Pixels (1, T, 3, H, W) of a video; the script gets `request`, plain values, with it.
+
+        Raises a one-line ValueError for a video that cannot be decoded.
+        """
+        with self.lock:
+            self.start()
+            end = time.monotonic() + DECODING_TIMEOUT
+            timer = threading.Timer(DECODING_TIMEOUT, self.process.kill)  # ends the wait below, too
+            timer.start()
+            try:
+                answer, pixels = self._ask(body, request)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+                self.close()
+                reason = f"more than {DECODING_TIMEOUT} s" if time.monotonic() >= end else "a crash"
+                raise ValueError(f"the video must be decodable, got {reason}; send another.") from None
+            finally:
+                timer.cancel()
+        if pixels is None:
+            raise ValueError(str(answer["error"]))
+        return pixels
+
+    def start(self) -> None:
+        """Start the process unless it runs; returns when it is ready, for loading is not a video's time."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.close()
+        environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name}
+        environment["PYTHONSAFEPATH"] = "1"  # modules of the repository must not hide Python's own
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, *self.script], env=environment, **pipes)
+        if not self.process.stdout.readline():
+            raise RuntimeError("the decoding process must start, got its end; see its message above.")
+
+    def _ask(self, body: bytes, request: dict) -> tuple[dict, torch.Tensor | None]:
+        """The process's answer, and its pixels unless that is an error."""
+        head = {"bytes": len(body), "memory": DECODING_MEMORY, "request": request}
+        self.process.stdin.write(json.dumps(head).encode() + b"\n")
+        self.process.stdin.write(body)
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline(10_000))
+        if "error" in answer:
+            return answer, None
+        data = bytearray(self.process.stdout.read(max(0, min(answer["bytes"], DECODING_MEMORY))))
+        return answer, torch.frombuffer(data, dtype=torch.float32).view(answer["shape"])
+
+    def close(self) -> None:
+        """End the process; the next video starts another."""
+        if self.process is None:
+            return
+        self.process.kill()
+        self.process.wait()
+        with suppress(OSError):  # what was not sent yet
+            self.process.stdin.close()
+        self.process.stdout.close()
+
+    def __del__(self):
+        self.close()
+
+
+@contextmanager
+def limited_memory(more: int) -> Iterator[None]:
+    """Let this process take `more` bytes than it has; where the system has no such limit, there is none."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size + more, before[1]))
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def answer_requests(load: Callable[[], Callable[..., torch.Tensor]]) -> None:
+    """What a decoder's script does: a line of JSON and a video come on stdin, a line and its pixels go to stdout.
+
+    `load()` gives the function from a video's bytes, and the request as keywords, to its pixels; its ValueErrors are
+    answers.
+    """
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    torch.set_num_threads(1)  # memory for threads counts too
+    import av  # noqa: F401  # now: its memory is not the video's
+
+    read = load()
+    answers.write(b"{}\n")
+    answers.flush()
+    while line := requests.readline():
+        head = json.loads(line)
+        body, data = requests.read(head["bytes"]), b""
+        try:
+            with limited_memory(head["memory"]):
+                pixels = read(body, **head["request"]).float().contiguous()
+                data = pixels.numpy().tobytes()
+            answer = {"shape": list(pixels.shape), "bytes": len(data)}
+        except (MemoryError, RuntimeError):  # torch's allocator raises the second
+            answer = {
+                "error": "the video must be decodable in the memory of this server, got more; send a smaller one."
+            }
+        except ValueError as error:
+            answer = {"error": " ".join(str(error).split())[:1000]}
+        answers.write(json.dumps(answer).encode() + b"\n" + data)
+        answers.flush()
+
+
+def load_reader(path: str) -> Callable[..., torch.Tensor]:
+    """For `answer_requests`: the processor at `path`."""
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+
+    def read(body: bytes, seconds: float, pixels: int) -> torch.Tensor:
+        check_size(body, seconds, pixels)
+        return processor(body, return_tensors="pt")["pixel_values"]
+
+    return read
 
 
 class EndpointHandler:
@@ -213,6 +359,8 @@ class EndpointHandler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.decode = Decoder(os.path.abspath(__file__), path)
+        self.decode.start()
         model = AutoModelForVideoClassification.from_pretrained(path, trust_remote_code=True, dtype=dtype)
         self.model = model.to(self.device).eval()
         with suppress(ValueError):  # quantised or adapted layers have no faster path
@@ -231,11 +379,13 @@ class EndpointHandler:
             raise ValueError(f"top_k must be a whole number of at least 1, got {top_k!r}; correct it.")
         if not isinstance(function, str) or function not in FUNCTIONS:
             raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, got {function!r}; correct it.")
-        body = read_video(data["inputs"])
-        check_size(body)
-        pixel_values = self.processor(body, return_tensors="pt")["pixel_values"]  # a damaged video is a ValueError
+        pixel_values = self.decode(read_video(data["inputs"]), seconds=MAX_SECONDS, pixels=MAX_PIXELS)
         with torch.inference_mode():
             logits = self.model(pixel_values=pixel_values.to(self.device, self.model.dtype)).logits[0].float().cpu()
         scores, classes = FUNCTIONS[function](logits).topk(min(top_k, logits.shape[0]))
         names = self.model.config.id2label
         return [{"label": names[i], "score": s} for s, i in zip(scores.tolist(), classes.tolist(), strict=True)]
+
+
+if __name__ == "__main__":
+    answer_requests(partial(load_reader, sys.argv[1]))

@@ -8,6 +8,7 @@ of another starts with `base: other.yaml` (a path relative to its own folder) an
 
 import difflib
 import json
+import re
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -155,11 +156,23 @@ def parse_arguments(cls: type[T], leading: list[str], description: str, argument
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: with its status, or with 1 and one line on stderr for an error users can fix."""
+    """Run a script's `main` and exit: with its status, or with 1 and one line on stderr for an error users can fix.
+
+    Ctrl-C exits with 130, as shells expect.
+    """
     try:
         sys.exit(main())
-    except (ValueError, OSError, ImportError) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = str(error).strip()
+        killed = re.search(r"DataLoader worker \((?:pid|pid\(s\)) ([\d, ]+)\) (.*)", message)
+        if killed:
+            message = f"DataLoader workers must live, got process {killed[1]}, which {killed[2].rstrip('. ')}; "
+            message += "it may have lacked memory: lower num_workers or the batch size (--resume continues)."
+        elif isinstance(error, RuntimeError):
+            raise
         if "Repo id must" in message:  # transformers takes a missing folder for a name on the Hub
             message += " There is no such folder either."
         if "DataLoader worker process" in message:  # torch puts the worker's traceback first

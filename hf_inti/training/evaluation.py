@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ..data.clips import BadVideos, VideoClips, collate
 from ..data.datasets import label_names_of
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
+from .interruption import ignore_signals
 from .metrics import VideoAccuracy
 
 
@@ -62,7 +63,9 @@ def merge_bad(parts: list[dict[str, str]]) -> dict[str, str]:
 
 def evaluation_loader(clips: VideoClips, accelerator: Accelerator, batch_size: int, num_workers: int = 0) -> DataLoader:
     """A prepared loader of `clips`, which need `on_bad_video="keep"` and `EvalTransform`."""
-    loader = DataLoader(clips, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    loader = DataLoader(
+        clips, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_signals
+    )
     return accelerator.prepare_data_loader(loader)
 
 

@@ -21,13 +21,15 @@ from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .evaluation import EvalTransform
+from .interruption import ignore_signals
 
 
 def load_datasets(
     data: DataArguments, accelerator: Accelerator
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The training videos and, if there are any, the evaluation videos with the same label numbers."""
-    load = partial(load_video_dataset, layout=data.layout, video_root=data.video_root)
+    place = {"video_root": data.video_root, "allow_outside_root": data.allow_outside_root}
+    load = partial(load_video_dataset, layout=data.layout, **place)
     with accelerator.main_process_first():
         train_set = load(data.train_dir, split=data.train_split, streaming=data.streaming)
         eval_set = data.eval_dir and load(data.eval_dir, split=data.eval_split)
@@ -197,6 +199,7 @@ def training_loader(
         num_workers=data.num_workers,
         persistent_workers=data.num_workers > 0,
         collate_fn=collate,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(training.seed),  # not the global one, which is seeded for every batch
     )
     # StreamingVideoClips splits its stream among the processes itself.

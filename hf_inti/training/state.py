@@ -8,19 +8,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.clips import BadVideos
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
-from .run_info import check_same_run
+from .files import recover_folder, replace_folder, writing
+from .interruption import Interruption
+from .run_info import check_same_run, same_videos
 
 
-COUNTERS = ("epoch", "batches", "step", "best")
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+COUNTERS = ("epoch", "batches", "step", "best", "skipped")
 
 
 class TrainingState:
@@ -34,8 +39,10 @@ class TrainingState:
         epoch, batches: epochs finished, and batches finished in the current one.
         step: optimizer steps taken.
         best: highest top-1 of all evaluations so far, -1 before the first.
+        skipped: steps without an update, because the loss was not finite.
         losses: one detached scalar per batch since the losses were last logged.
         bad: broken videos seen by this process.
+        stopped_by: the signal that ends the run, 0 while it goes on: the same in every process.
     """
 
     def __init__(
@@ -53,10 +60,16 @@ class TrainingState:
         self.total_steps = total_steps
         self.ema = None
         if ema_decay is not None:
+            if accelerator.distributed_type in SHARDING:
+                name = accelerator.distributed_type.value
+                raise ValueError(f"ema_decay must be left out with {name}, which splits the weights, got {ema_decay}.")
             self.ema = AveragedModel(accelerator.unwrap_model(model), multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-        self.epoch, self.batches, self.step, self.best = 0, 0, 0, -1.0
+        self.epoch, self.batches, self.step, self.best, self.skipped = 0, 0, 0, -1.0, 0
+        self.interruption, self.stopped_by = Interruption(), 0
         self.losses: list[torch.Tensor] = []
         self.bad = BadVideos()
+        accelerator.register_save_state_pre_hook(_drop_prefixes)
+        accelerator.register_load_state_pre_hook(self._unwrap)
         self.log: MetricsLog | None = None  # set by `start`, in the main process only
 
     @property
@@ -80,8 +93,10 @@ class TrainingState:
         """
         metrics_size = 0
         if checkpoint is not None:
-            check_same_run(json.loads(self.run_file.read_text()), run)
+            before = json.loads(self.run_file.read_text())
+            check_same_run(before, run)
             metrics_size = self._load(checkpoint)
+            self.batches = same_videos(self.batches, before, run)
         self.accelerator.wait_for_everyone()  # until all have read run.json
         if self.accelerator.is_main_process:
             self.log = MetricsLog(self.output_dir / "metrics.jsonl", metrics_size)
@@ -91,10 +106,16 @@ class TrainingState:
 
     def _load(self, checkpoint: Path) -> int:
         """Restore what `save` wrote; returns the size of metrics.jsonl at that time, in bytes."""
-        self.accelerator.load_state(str(checkpoint))
-        progress = json.loads((checkpoint / "progress.json").read_text())
+        try:
+            self.accelerator.load_state(str(checkpoint))
+            progress = json.loads((checkpoint / "progress.json").read_text())
+        except (OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{checkpoint} must be a whole checkpoint, got {error}; restore its files, or delete it to start again."
+            ) from error
         for name in COUNTERS:
-            setattr(self, name, progress[name])
+            setattr(self, name, progress.get(name, 0))
+        self.accelerator.step = 0  # its count of batches towards a step; checkpoints are written between steps
         self.scheduler.load_state_dict(progress["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(load_file(checkpoint / "ema.safetensors", device=str(self.accelerator.device)))
@@ -103,29 +124,69 @@ class TrainingState:
         return progress["metrics_size"]
 
     def save(self) -> None:
-        """Write checkpoints/step_N and delete older ones; if interrupted, a complete one remains."""
+        """Write checkpoints/step_N and delete older ones; if interrupted, a complete one remains.
+
+        Raises ValueError if it cannot be written.
+        """
         self.gather_bad_videos()
         if self.losses:  # the mean over processes: all of them load the same file
             self.losses = list(self.accelerator.reduce(torch.stack(self.losses), "mean").unbind())
         target = self.output_dir / "checkpoints" / f"step_{self.step}"
         part = target.with_name(f"{target.name}.part")
-        self.accelerator.save_state(str(part))
-        self.accelerator.wait_for_everyone()  # each process writes its own random states
+        before = newest_checkpoint(self.output_dir) or "the start"
+        with writing(part, f"make room, then go on with --resume from {before}."):
+            self.accelerator.save_state(str(part))
+            self.accelerator.wait_for_everyone()  # each process writes its own random states
+            if self.accelerator.is_main_process:
+                self._write_progress(part)
+                replace_folder(part, target)
         if self.accelerator.is_main_process:
-            progress = {name: getattr(self, name) for name in COUNTERS}
-            progress["bad"] = self.bad.reasons
-            progress["losses"] = [loss.item() for loss in self.losses]
-            progress["metrics_size"] = self.log.size
-            # As JSON: Accelerate would pickle a registered scheduler and unpickle it without `weights_only`.
-            progress["scheduler"] = self.scheduler.state_dict()
-            (part / "progress.json").write_text(json.dumps(progress))
-            if self.ema is not None:
-                save_file(self.ema.state_dict(), part / "ema.safetensors")
-            replace_folder(part, target)
             for other in target.parent.iterdir():
                 if other != target:
                     shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
+
+    def _unwrap(self, models: list[nn.Module], folder: str) -> None:
+        models[:] = [self.accelerator.unwrap_model(model) for model in models]
+
+    def _write_progress(self, folder: Path) -> None:
+        """What Accelerate does not save."""
+        progress = {name: getattr(self, name) for name in COUNTERS}
+        progress["bad"] = self.bad.reasons
+        progress["losses"] = [loss.item() for loss in self.losses]
+        progress["metrics_size"] = self.log.size
+        # As JSON: Accelerate would pickle a registered scheduler and unpickle it without `weights_only`.
+        progress["scheduler"] = self.scheduler.state_dict()
+        (folder / "progress.json").write_text(json.dumps(progress))
+        if self.ema is not None:
+            save_file(self.ema.state_dict(), folder / "ema.safetensors")
+
+    def end_step(self, losses: list[torch.Tensor], videos: list[str], limit: int) -> bool:
+        """Whether to update the weights, from the losses of a step's batches: not if any process's are not finite.
+
+        Also sets `stopped_by`. Raises ValueError naming all processes' `videos` if more than `limit` steps are skipped.
+        """
+        self.losses += losses
+        stacked = torch.stack(losses)
+        bad, self.stopped_by = (~stacked.isfinite()).any(), self.interruption.signal
+        if self.accelerator.num_processes > 1:  # one message of two numbers a step
+            flags = torch.stack([bad.int(), bad.new_tensor(self.stopped_by, dtype=torch.int)])
+            bad, self.stopped_by = self.accelerator.gather(flags[None]).amax(0).tolist()
+        if not bad:
+            return True
+        self.skipped += 1
+        del self.losses[-len(losses) :]
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            limit = 0  # its backward pass has updated the weights already
+        if self.skipped > limit:
+            names = sorted({name for names in gather_object([videos]) for name in names})
+            worst = stacked[~stacked.isfinite()][:1].tolist() or ["a number that is not, in another process"]
+            raise ValueError(
+                f"the loss must be finite, got {worst[0]} at step {self.step} ({self.skipped} such steps, "
+                f"max_skipped_steps is {limit}) on {', '.join(names)}; lower learning_rate, use bf16 instead of fp16, "
+                "or leave these videos out."
+            )
+        return False
 
     def finish_step(self) -> None:
         """Update the learning rate and the moving average after the optimizer's step."""
@@ -143,7 +204,12 @@ class TrainingState:
         self.accelerator.log(numbers, step=self.step)
 
     def record_losses(self) -> None:
-        """Record the mean loss of all batches since the last call. Raises ValueError if it is not finite."""
+        """Record the mean loss of all batches since the last call, if there are any.
+
+        Raises ValueError if it is not finite.
+        """
+        if not self.losses:  # all steps since then were skipped
+            return
         mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
         self.losses.clear()
         if not math.isfinite(mean):
@@ -163,11 +229,18 @@ class TrainingState:
             part = self.output_dir / f"{name}.part"
             shutil.rmtree(part, ignore_errors=True)
             model = self.unwrapped_model if self.ema is None else self.ema.module
-            model.save_pretrained(part, state_dict=weights)
-            processor.save_pretrained(part)
-            shutil.copy(self.run_file, part)
-            replace_folder(part, self.output_dir / name)
+            with writing(part, f"make room, then go on with --resume; {name}/ is as it was."):
+                model.save_pretrained(part, state_dict=weights)
+                processor.save_pretrained(part)
+                shutil.copy(self.run_file, part)
+                replace_folder(part, self.output_dir / name)
         self.accelerator.wait_for_everyone()
+
+
+def _drop_prefixes(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+    """DistributedDataParallel's, so that any number of processes can load the checkpoint."""
+    for state in weights:
+        consume_prefix_in_state_dict_if_present(state, "module.")
 
 
 class MetricsLog:
@@ -180,7 +253,7 @@ class MetricsLog:
         self.path = path
 
     def write(self, **values: object) -> None:
-        with self.path.open("a") as file:
+        with writing(self.path, "make room, then go on with --resume."), self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
     @property
@@ -189,26 +262,22 @@ class MetricsLog:
         return self.path.stat().st_size
 
 
-def replace_folder(finished: Path, target: Path) -> None:
-    """Move the folder `finished` to `target`; if interrupted, either the old or the new one is still complete."""
-    old = target.with_name(f"{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(finished, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def find_checkpoint(output_dir: Path, resume: bool) -> Path | None:
     """The checkpoint from which a run in `output_dir` continues; None where it starts from the beginning.
 
-    Raises ValueError if the folder already holds a run that is not to be resumed.
+    Undoes what a killed run left half done. Raises ValueError if the folder already holds a run that is not to be
+    resumed.
     """
     if (output_dir / "run.json").exists() and not resume:
         raise ValueError(
             f"output_dir must be a folder without a run, got {output_dir}; resume that run with --resume, or choose "
             "another folder."
         )
+    for pattern in ("best", "last", "checkpoints/step_*"):
+        for old in output_dir.glob(f"{pattern}.old"):
+            recover_folder(old.with_suffix(""))
+        for part in output_dir.glob(f"{pattern}.part"):
+            shutil.rmtree(part)
     return newest_checkpoint(output_dir)
 
 

@@ -1,0 +1,35 @@
+"""Signals that end a run: it saves before it leaves."""
+
+import signal
+from types import FrameType
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and Ctrl-C
+
+
+class Interruption:
+    """While entered, `signal` is the signal that came, 0 before. A second one of its kind acts as usual, at once."""
+
+    def __init__(self):
+        self.signal, self._before = 0, {}
+
+    def __enter__(self) -> "Interruption":
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, self._before[number])
+
+
+def ignore_signals(worker: int) -> None:
+    """`worker_init_fn` of a DataLoader: signals reach the whole process group, and the run needs its workers to save.
+
+    A worker ends when its DataLoader does, or the process of that.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

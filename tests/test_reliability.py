@@ -1,0 +1,78 @@
+"""A few of what `make survive` and `make fuzz` do at length: kills, faults, several processes, broken videos."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fuzz.mutations import ANY, STRUCTURED, avi_chunks, ebml_elements, mp4_boxes, mutate, parts_of
+
+from conftest import write_video
+
+
+TESTS = Path(__file__).parent
+
+
+def run(script: str, *arguments: object) -> dict:
+    """What a script of tests/reliability or tests/fuzz prints; it fails by itself when something is lost or differs."""
+    command = [sys.executable, str(TESTS / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_like_one_that_never_stopped():
+    counts = run("reliability/kills.py", "--kills", 4)
+    assert counts["kills"] == 4 and counts["at_file_calls"] == 2 and counts["runs"] >= 1
+
+
+@pytest.mark.slow
+def test_each_fault_gives_one_clear_message_and_loses_nothing():
+    faults = {fault["fault"]: fault for fault in run("reliability/faults.py")["faults"]}
+    assert len(faults) == 9
+    for name, status in {"SIGTERM": 143, "Ctrl-C": 130, "full disk": 1, "video vanishes": 0}.items():
+        assert faults[name]["status"] == status, name
+
+
+@pytest.mark.slow
+def test_several_processes_train_and_evaluate_as_one():
+    """Also others that resume, and a job of which a process dies."""
+    found = run("reliability/processes.py", "--steps", 10)
+    assert found["steps"] == 10
+    differences = [name for name in found if "difference" in name]
+    assert len(differences) == 5  # the script compares each with its limit
+
+
+@pytest.mark.slow
+def test_processes_that_split_the_weights_train_as_one():
+    found = run("reliability/fsdp.py", "--steps", 8)
+    assert found["steps"] == 8 and {"loss_difference", "logit_difference"} <= found.keys()  # compared there
+
+
+@pytest.mark.slow
+def test_broken_videos_are_decoded_or_refused():
+    found = run("fuzz/run.py", "--cases", 200)
+    assert found["decoded"] > 20 and found["refused"] > 20 and len(found["by_mutation"]) == len(ANY + STRUCTURED)
+
+
+@pytest.mark.parametrize(("extension", "parse"), [("mp4", mp4_boxes), ("mkv", ebml_elements), ("avi", avi_chunks)])
+def test_parts_of_containers_are_found(extension, parse, tmp_path):
+    """Those at the top fill the file, and others lie in them."""
+    write_video(tmp_path / f"clip.{extension}")
+    data = (tmp_path / f"clip.{extension}").read_bytes()
+    parts = parse(data)
+    assert parts == parts_of(data)
+    end, top = 0, 0
+    for part in parts:
+        assert part.start <= part.size_at < part.body <= part.end <= len(data)
+        if part.start >= end:
+            assert part.start - end <= 1  # AVI fills up to even places
+            end, top = part.end, top + 1
+    assert len(data) - end <= 1 and len(parts) > top + 5
+    broken = {mutate([data], random.Random(case))[0] for case in range(50)} - {data}  # zeroed zeros break nothing
+    assert len(broken) > 40
