@@ -43,7 +43,8 @@ demo: .venv/installed
 	$(RUN) scripts/visualize.py demo/inti/last demo/data/test/slides_right/000.mp4 --output demo/figure4.png
 	$(RUN) scripts/report_demo.py --seed $(SEED) --record $(RECORD)
 
-TORCHVISION_TESTS = tests/test_host_costs.py tests/test_hosts_mvit.py tests/test_hosts_videoswin.py
+TORCHVISION_TESTS = tests/test_host_costs.py tests/test_hosts_mvit.py tests/test_hosts_videoswin.py \
+	tests/test_training_hosts.py
 
 test: .venv/installed
 	$(RUN) -m pytest -n auto --dist loadfile

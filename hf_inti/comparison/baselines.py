@@ -56,7 +56,7 @@ def fit_baselines(model: ModelArguments, data: DataArguments, folder: Path) -> d
     if not path.exists():
         train_set, eval_set = load_datasets(data, Accelerator())
         config = build_model(model, label_names_of(train_set)).config
-        processor = build_processor(model.model, config, data)
+        processor = build_processor(model.checkpoint, config, data)
         tower = CLIPVisionModel.from_pretrained(model.model).eval()
         train, test = (read_views(split, processor, tower) for split in (train_set, eval_set))
         top1 = {name: ridge_accuracy(name, train, test) for name in BASELINES}
