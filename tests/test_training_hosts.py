@@ -373,6 +373,16 @@ def test_checkpoints_that_are_no_hosts(tmp_path):
         TorchvisionVideoConfig(architecture="resnet")
 
 
+def test_mvit_by_its_name():
+    load()
+    with torch.device("meta"):
+        model = build_host(arguments_for("torchvision/mvit_v1_b", compression="stts"), NAMES)
+        assert model(torch.empty(1, 16, 3, 224, 224)).logits.shape == (1, 2)
+        assert model.config.num_frames == 16 and len(model.host.compression.temporal) == 1
+        with pytest.raises(ValueError, match="must be 16 and 224 for mvit_v1_b, got 8 and 224"):
+            with_frames(model, 8)
+
+
 def test_a_compression_whose_weights_are_missing(host, tmp_path):
     load()
     build_host(arguments_for(host("MViT")), NAMES).save_pretrained(tmp_path / "plain")

@@ -51,18 +51,27 @@ class TorchvisionVideoConfig(PreTrainedConfig):
 
 
 def build(config: TorchvisionVideoConfig) -> nn.Module:
-    """torchvision's model, with random weights. Raises ImportError without torchvision."""
+    """torchvision's model, with random weights.
+
+    Raises ImportError without torchvision, and ValueError for other clips than `mvit_v1_b` and `mvit_v2_s` are for.
+    """
     from torchvision.models import get_model
     from torchvision.models.video import mvit, swin_transformer
 
     options: dict[str, Any] = {"num_classes": config.num_labels, **(config.options or {})}
-    if "mvit" in config.architecture.lower():
-        options |= {"spatial_size": (config.image_size,) * 2, "temporal_size": config.num_frames}
-        if "block_setting" in options:
-            options["block_setting"] = [mvit.MSBlockConfig(*block) for block in options["block_setting"]]
     if config.architecture in BUILDERS:
+        sizes = (config.num_frames, config.image_size)
+        if "mvit" in config.architecture and sizes != (16, 224):
+            raise ValueError(
+                f"num_frames and image_size must be 16 and 224 for {config.architecture}, got {sizes[0]} and "
+                f'{sizes[1]}; other sizes have architecture "MViT" and its options.'
+            )
         return get_model(config.architecture, **options)
-    return (mvit.MViT if config.architecture == "MViT" else swin_transformer.SwinTransformer3d)(**options)
+    if config.architecture == "SwinTransformer3d":
+        return swin_transformer.SwinTransformer3d(**options)
+    options |= {"spatial_size": (config.image_size,) * 2, "temporal_size": config.num_frames}
+    options["block_setting"] = [mvit.MSBlockConfig(*block) for block in options["block_setting"]]
+    return mvit.MViT(**options)
 
 
 class TorchvisionForVideoClassification(PreTrainedModel):

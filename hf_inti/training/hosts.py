@@ -139,10 +139,10 @@ def _compression(arguments: ModelArguments, values: dict) -> tuple[str | None, d
 
 
 def compress_host(model: PreTrainedModel, method: str | None, options: dict | None) -> PreTrainedModel:
-    """The model, compressed as its configuration then says."""
-    if method not in (None, "none"):
-        compress(getattr(model, "host", model), method, **(options or {}))
-    model.config.compression, model.config.compression_options = method or "none", options
+    """The model, compressed as its configuration then says; "none" or None takes a compression off."""
+    name = method or "none"
+    compress(getattr(model, "host", model), None if name == "none" else name, **(options or {}))
+    model.config.compression, model.config.compression_options = name, options
     return model
 
 
