@@ -29,6 +29,7 @@ from hf_inti.training.checkpoints import CompressionOverride, load_classifier, l
 from hf_inti.training.hosts import build_host, host_processor, load_host, set_progress, with_frames
 from hf_inti.training.setup import build_processor, parameter_groups
 from hf_inti.training.state import TrainingState
+from host_models import disturb
 from torchvision_models import load
 
 
@@ -303,6 +304,9 @@ def test_processors(host, tmp_path):
     plain.save_pretrained(tmp_path / "trained")  # as training leaves it
     again = host_processor(str(tmp_path / "trained"), config)
     assert list(again.image_mean) == [1.5, 1.5, 1.5] and again.size["shortest_edge"] == 36
+    shorter = build_host(arguments_for(started, num_frames=4), NAMES).config
+    changed = build_processor(str(tmp_path / "trained"), shorter, data)
+    assert (changed.sampling, changed.num_frames, list(changed.image_mean)) == ("dense", 4, [0.1, 0.2, 0.3])
     squashed = build_processor(str(tmp_path / "vivit"), config, DataArguments(train_dir="videos", squash=True))
     assert dict(squashed.size) == {"height": 32, "width": 32}
 
@@ -312,7 +316,7 @@ def test_other_numbers_of_frames(name, host):
     started = host(name)
     if name not in CONFIGS:
         load()
-    model = build_host(arguments_for(started), NAMES)
+    model = disturb(build_host(arguments_for(started), NAMES))  # some positions start at zero
     assert with_frames(model, 8) is model and with_frames(model, None) is model
     fewer = with_frames(model, 4)
     x = torch.randn(1, 4, 3, 32, 32)

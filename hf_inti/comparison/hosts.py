@@ -147,7 +147,7 @@ class HostsArguments:
     output_dir: str = field(default="results/hosts", metadata={"help": "Gets records, hosts.json and hosts.md."})
     work_dir: str = field(default="outputs/hosts", metadata={"help": "Gets the trained models."})
     hosts: list[str] = field(default_factory=lambda: list(HOSTS), metadata={"help": "Which models."})
-    epochs: int = field(default=10, metadata={"help": "Of training."})
+    epochs: int = field(default=6, metadata={"help": "Of training."})
     seed: int = field(default=0, metadata={"help": "Of the weights and the order of clips."})
     threads: int = field(default=1, metadata={"help": "Of the processor."})
 
