@@ -45,7 +45,8 @@ demo: .venv/installed
 	$(RUN) scripts/visualize.py demo/inti/last demo/data/test/slides_right/000.mp4 --output demo/figure4.png
 	$(RUN) scripts/report_demo.py --seed $(SEED) --record $(RECORD)
 
-TORCHVISION_TESTS = tests/test_host_costs.py tests/test_host_vectors.py tests/test_hosts_mvit.py tests/test_hosts_videoswin.py
+TORCHVISION_TESTS = tests/test_host_costs.py tests/test_host_vectors.py tests/test_hosts_mvit.py tests/test_hosts_videoswin.py \
+	tests/test_training_hosts.py tests/test_comparison_hosts.py
 
 test: .venv/installed
 	$(RUN) -m pytest -n auto --dist loadfile
@@ -54,6 +55,7 @@ test: .venv/installed
 BENCHMARK = $(RUN) scripts/benchmark.py
 PAIR = $(BENCHMARK) models scripts/benchmarks/naive_
 OUT = --output_dir results/benchmarks
+HOSTS = HF_INTI_TORCHVISION=$(CURDIR)/.venv/torchvision PYTHONPATH=tests/torchvision_path
 
 benchmark: .venv/installed
 	$(PAIR)b16.yaml --matmul_precision medium $(OUT)/naive_b16_plain
@@ -64,6 +66,8 @@ benchmark: .venv/installed
 	$(PAIR)l14.yaml --optimize true --precision bf16 $(OUT)/naive_l14_bf16
 	$(BENCHMARK) models scripts/benchmarks/training_b16.yaml $(OUT)/training_b16
 	$(BENCHMARK) models scripts/benchmarks/peers.yaml $(OUT)/peers
+	$(HOSTS) $(BENCHMARK) models scripts/benchmarks/hosts.yaml $(OUT)/hosts
+	$(HOSTS) $(BENCHMARK) models scripts/benchmarks/hosts.yaml --precision bf16 $(OUT)/hosts_bf16
 	$(BENCHMARK) decoding scripts/benchmarks/decoding.yaml $(OUT)/decoding
 	$(BENCHMARK) prediction scripts/benchmarks/prediction.yaml $(OUT)/prediction
 	$(BENCHMARK) bulk scripts/benchmarks/bulk.yaml

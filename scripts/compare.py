@@ -2,9 +2,11 @@
 
     python scripts/compare.py costs
     python scripts/compare.py methods --help
+    python scripts/compare.py hosts --help
 
 `costs` prints multiply-adds and parameters of the papers' models beside the published figures, counted on the meta
-device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what follows to hf_inti.comparison.run.
+device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what follows to hf_inti.comparison.run,
+`hosts` to hf_inti.comparison.hosts.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -133,7 +135,12 @@ def main() -> int:
     of_costs = commands.add_parser("costs", help="Print costs and published costs.")
     of_costs.add_argument("--output_dir", help="Folder for costs.md and costs.json, such as results.")
     commands.add_parser("methods", help="Train, evaluate and measure methods.", add_help=False)
+    commands.add_parser("hosts", help="Train other video models, and evaluate them compressed.", add_help=False)
     args, rest = parser.parse_known_args()
+    if args.command == "hosts":
+        from hf_inti.comparison.hosts import main as hosts
+
+        return hosts(rest)
     if args.command == "methods":
         from hf_inti.comparison.run import main as methods  # which needs much that costs does not
 

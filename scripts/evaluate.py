@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py outputs/k400/best --data_dir k400/val.csv --num_clips 4 --num_crops 3
     python scripts/evaluate.py outputs/naive/best --data_dir k400/val.csv --compression tome
+    python scripts/evaluate.py --host torchvision/swin3d_b --data_dir k400/val.csv --compression sta --num_clips 4
 
 Prints top-1, top-5 and mean class accuracy; writes results.json, predictions.csv, predictions.parquet (one row per
 video, with its file) and confusion_matrix.png to output_dir. Unreadable videos count as wrong and are named. Under
@@ -22,6 +23,7 @@ from hf_inti.hub.metadata import fingerprint
 from hf_inti.training.checkpoints import CompressionOverride, load_classifier
 from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.training.evaluation import EvalTransform, end_processes, evaluate_loader, evaluation_loader
+from hf_inti.training.hosts import is_published, split_host
 from hf_inti.training.metrics import video_scores
 from hf_inti.training.run_info import describe_run
 from hf_inti.visualization import confusion_matrix
@@ -29,8 +31,14 @@ from hf_inti.visualization import confusion_matrix
 
 @dataclass
 class EvaluationArguments:
-    model: str = field(metadata={"help": "A trained model: a folder (such as best/ or last/) or a name on the Hub."})
     data_dir: str = field(metadata={"help": "Labelled videos: class folders, list file, tar shards or Hub dataset."})
+    model: str | None = field(
+        default=None, metadata={"help": "A trained model: a folder (such as best/ or last/) or a name on the Hub."}
+    )
+    host: str | None = field(
+        default=None,
+        metadata={"help": "Instead: torchvision/NAME with its published weights, or transformers/CHECKPOINT."},
+    )
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Where to write; default: evaluation/, or evaluation_COMPRESSION/, in the model's folder."},
@@ -41,9 +49,7 @@ class EvaluationArguments:
     allow_outside_root: bool = field(default=False, metadata={"help": "Let a list name videos outside video_root."})
     compression: str | None = field(
         default=None,
-        metadata={
-            "help": "Another, without training: tome, sta, linear_pooling or none; on VideoMAE etc. sta or tome."
-        },
+        metadata={"help": "Another, without training: tome, sta, linear_pooling or none; on a host sta, tome or none."},
     )
     compression_layers: list[int] | None = field(default=None, metadata={"help": "Its positions, counted from 1."})
     compression_options: dict | None = field(default=None, metadata={"help": "Its options, a mapping (JSON)."})
@@ -56,13 +62,20 @@ class EvaluationArguments:
     num_workers: int = field(default=0, metadata={"help": "Processes that decode, for each evaluating process."})
     mixed_precision: str = field(default="no", metadata={"help": "Numbers to compute with: bf16, fp16, no (float32)."})
 
+    def __post_init__(self):
+        if (self.model is None) == (self.host is None):
+            raise ValueError(f"either a model or a host must be given, got {self.model!r} and {self.host!r}.")
+        if self.host is not None:
+            library, name = split_host(self.host)
+            self.model = self.host if library == "torchvision" and is_published(self.host) else name
+
 
 def main() -> None:
     args = parse_arguments(EvaluationArguments, ["model"], description=__doc__)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     override = CompressionOverride(args.compression, args.compression_layers, args.compression_options)
-    model, processor = load_classifier(args.model, override)
-    for name in ("num_frames", "sampling", "frame_stride"):
+    model, processor = load_classifier(args.model, override, args.num_frames)
+    for name in ("sampling", "frame_stride"):
         if getattr(args, name) is not None:
             setattr(processor, name, getattr(args, name))
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]

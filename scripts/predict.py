@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from datasets import Features, Value, Video
 from tqdm import tqdm
 
-from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.data.clips import VideoClips
 from hf_inti.data.unlabelled import find_videos
+from hf_inti.training.checkpoints import load_classifier, load_processor
 from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.training.evaluation import EvalTransform, end_processes, predict_batches, prediction_loader
 
@@ -57,13 +57,13 @@ def main() -> int:
     num_workers = args.num_workers
     if num_workers is None:
         num_workers = 1 if free_cores(accelerator.device) > 0 else 0
-    processor = InTIClipVideoProcessor.from_pretrained(args.model)
+    processor = load_processor(args.model)
     features = Features({"video": Video(decode=False), "label": Value("int64")})
     dataset = datasets.Dataset.from_dict({"video": paths, "label": [-1] * len(paths)}, features=features)
     clips = VideoClips(dataset, EvalTransform(processor, args.num_clips, args.num_crops), on_bad_video="keep")
     loader = prediction_loader(clips, accelerator, batch_size, min(num_workers, len(paths) - 1))
     # While the first videos are decoded.
-    model = InTIClipForVideoClassification.from_pretrained(args.model).optimize_for_inference()
+    model, _ = load_classifier(args.model)
     names = model.config.id2label
     width = max(len(path) for path in paths)
     broken = 0

@@ -1,6 +1,7 @@
-"""Fine-tune CLIP with a compression and an adaptation on a video dataset.
+"""Fine-tune CLIP with a compression and an adaptation, or another video model, on a video dataset.
 
     python scripts/train.py scripts/recipes/k400_inti_b16.yaml --train_dir k400/train.csv --eval_dir k400/val.csv
+    python scripts/train.py --host torchvision/mvit_v1_b --compression stts --train_dir k400/train.csv --output_dir out
 
 The first argument is a recipe (YAML). Every flag below may also be set in the recipe; flags given here win. To train
 on several GPUs or machines, start it with `accelerate launch` or `torchrun`. It writes to output_dir: best/ and last/
@@ -31,6 +32,7 @@ from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingAr
 from hf_inti.training.cli import parse_recipe, run_script
 from hf_inti.training.evaluation import end_processes, evaluate_loader, evaluation_loader
 from hf_inti.training.files import check_writable
+from hf_inti.training.hosts import set_progress
 from hf_inti.training.run_info import describe_run
 from hf_inti.training.setup import (
     batches_of_all,
@@ -47,7 +49,7 @@ from hf_inti.training.state import TrainingState, find_checkpoint
 
 def main() -> int:
     model_args, data, training = parse_recipe([ModelArguments, DataArguments, TrainingArguments], description=__doc__)
-    check_settings(data, training)
+    check_settings(model_args, data, training)
     accelerator = Accelerator(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision=training.mixed_precision,
@@ -66,7 +68,7 @@ def main() -> int:
     train_set, eval_set = load_datasets(data, accelerator)
     label_names = label_names_of(train_set)
     model = build_model(model_args, label_names)
-    processor = build_processor(model_args.model, model.config, data)
+    processor = build_processor(model_args.checkpoint, model.config, data)
     train_clips, eval_clips = build_clips(data, training, processor, train_set, eval_set, accelerator)
     loader, eval_loader = training_loader(train_clips, data, training, accelerator), None
     if eval_clips:
@@ -81,7 +83,7 @@ def main() -> int:
         data,
         training,
         config=state.unwrapped_model.config.to_dict(),
-        base_model=None if Path(model_args.model).exists() else model_args.model,  # its name on the Hub
+        base_model=model_args.base_model,
         num_processes=accelerator.num_processes,
         train_fingerprint=getattr(train_set, "_fingerprint", None),
         eval_fingerprint=getattr(eval_set, "_fingerprint", None),
@@ -102,7 +104,7 @@ def main() -> int:
     return 0
 
 
-def check_settings(data: DataArguments, training: TrainingArguments) -> None:
+def check_settings(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     """Raise a ValueError for what would otherwise fail late, a push after days of training."""
     if data.streaming and training.max_steps is None:
         raise ValueError("max_steps must be given with streaming, got none; the length of a stream is not known.")
@@ -113,6 +115,10 @@ def check_settings(data: DataArguments, training: TrainingArguments) -> None:
             "install it or leave it out."
         )
     if training.push_to_hub is not None:
+        if model.host is not None:
+            raise ValueError(
+                f"push_to_hub must be left out with a host, got {training.push_to_hub!r}; push last/ yourself."
+            )
         check_repo_id(training.push_to_hub)
         check_token()
 
@@ -139,10 +145,10 @@ def train(
         for batch in remaining_batches(loader, state):
             state.batches += 1
             state.bad.add(batch["bad"])
-            state.unwrapped_model.set_training_progress(state.step / state.total_steps)
+            set_progress(state.unwrapped_model, state.step / state.total_steps)
             pixel_values, targets = prepare_batch(batch, state, processor, mixing, training.seed)
             with accelerator.accumulate(model):
-                loss = cross_entropy(model(pixel_values=pixel_values).logits.float(), targets)
+                loss = cross_entropy(model(pixel_values).logits.float(), targets)
                 accelerator.backward(loss)
                 losses.append(loss.detach())
                 videos += batch["video_ids"]

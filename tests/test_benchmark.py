@@ -99,9 +99,18 @@ def test_a_missed_target_is_an_error(tmp_path, capsys):
 def test_operations_and_frames_of_every_peer():
     # The published shapes, in giga multiply-adds of one clip as FlopCounterMode counts them.
     published = {"clip_per_frame": 281, "xclip_b16": 282, "timesformer_b": 392, "vivit_b": 451, "videomae_b": 180}
-    assert published.keys() == benchmark_models.PEERS.keys()
+    # V-JEPA 2 in this size: a VideoMAE with a pooler of three blocks and one that asks with one token.
+    published["vjepa2_b"] = 180 * 15 / 12 + 2
+    assert published.keys() | {"mvit_v1_b", "swin3d_t"} == benchmark_models.PEERS.keys()
     for name, gmacs in published.items():
         assert benchmark_models.count_macs({"peer": name}) / 1e9 == pytest.approx(gmacs, rel=0.01), name
+
+
+def test_a_compressed_peer_has_fewer_operations():
+    options = {"compression": "sta", "compression_options": {"r": 64}}
+    macs = benchmark_models.count_macs({"peer": "videomae_b", **options})
+    assert macs / 1e9 == pytest.approx(96, rel=0.01)  # STA, Table 2
+    assert benchmark_models.frames_and_size({"peer": "videomae_b", **options}) == (16, 224)
 
 
 def test_naive_is_clip_on_every_frame():
@@ -209,6 +218,11 @@ def test_growth(tmp_path):
             "models",
             ["--output_dir", "x", "--models", '{"a": {"peer": "resnet"}}'],
             "a: a peer is one of clip_per_frame",
+        ),
+        (
+            "models",
+            ["--output_dir", "x", "--models", '{"a": {"peer": "vivit_b", "num_frames": 8}}'],
+            "a: a peer is one of .* no other settings than compression",
         ),
         (
             "models",

@@ -192,7 +192,8 @@ def test_videomae_is_preprocessed_as_its_file_says(settings, size, crop, folder,
 def test_other_checkpoints_are_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(
-        ValueError, match="must be one of inti_clip.*, videomae, timesformer, vivit, vjepa2, got 'clip'"
+        ValueError,
+        match="must be one of inti_clip.*, videomae, timesformer, vivit, vjepa2, torchvision_video, got 'clip'",
     ):
         load_classifier(tmp_path)
 

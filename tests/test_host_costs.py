@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_inti.benchmarks.models import count_macs
 from hf_inti.comparison import host_costs
 from hf_inti.papers.published import REASONS
 from hf_inti.papers.published_hosts import HOST_MODELS, HOST_REASONS, HOST_TABLES
@@ -165,6 +166,13 @@ def test_counts(host_rows):
         ("Table 2 of the STTS paper", "VideoSwin-B", "-"): "3383.1",
     }.items():
         assert found[where] == counted, where
+
+
+@pytest.mark.parametrize("name, gmacs", [("mvit_v1_b", 70.5), ("swin3d_t", 88)])
+def test_operations_of_torchvisions_peers(name, gmacs):
+    """As their papers print them."""
+    load()
+    assert count_macs({"peer": name}) / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
 def test_without_torchvision(monkeypatch):

@@ -28,8 +28,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from conftest import write_video
 from hf_inti import InTIClipVideoProcessor, InTIClipVisionModel
 from hf_inti.hosts import HOSTS, compress
-from hf_inti.hosts.contract import Hook
+from hf_inti.hosts.sta import random_tokens
 from hf_inti.measure.costs import count_flops
+from host_models import hooks_of, logits
 from reference import hosts as reference
 
 
@@ -106,16 +107,6 @@ def clips(name: str, B: int = 2, frames: int | None = None, dtype=torch.float64)
     return torch.randn(B, frames, 3, side, side, dtype=dtype)
 
 
-def logits(model, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x).logits
-
-
-def hooks_of(model) -> list[Hook]:
-    found = [hook for m in model.modules() for hook in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
-    return [hook for hook in found if isinstance(hook, Hook)]
-
-
 def tokens_of(model, x: torch.Tensor) -> list[int]:
     """The number of tokens after each block."""
     with torch.no_grad():
@@ -160,6 +151,28 @@ def test_tokens_that_are_left(name, method, options, tokens):
     model, x = build(name), clips(name)
     assert len(set(tokens_of(model, x))) == 1
     assert tokens_of(compress(model, method, **options), x) == tokens
+
+
+@pytest.mark.parametrize("name", ["videomae", "vivit", "vjepa2"])
+def test_random_tokens_instead_of_scores(name):
+    x = clips(name)
+    scored, random = (compress(build(name), "sta", r=3, **options) for options in ({}, {"scores": "random"}))
+    assert tokens_of(random, x) == tokens_of(scored, x)
+    got = logits(random, x)
+    assert torch.equal(logits(random, x), got)  # the same each time
+    assert_close(logits(random, x[1:]), got[1:], rtol=0, atol=1e-12)  # clips do not see each other
+    assert (got - logits(scored, x)).abs().max() > 1e-3
+
+
+def test_random_tokens_are_random():
+    x, places = torch.randn(50, 4, 8, 6), torch.arange(32).view(4, 8).expand(50, -1, -1)
+    kept = random_tokens(x, places, 3, training=False)
+    assert kept.shape == (50, 4, 5) and (kept.sort(dim=-1).values.diff(dim=-1) > 0).all()
+    counts = kept.flatten().bincount(minlength=8)  # 125 of each are expected, with a deviation of 7
+    assert counts.min() > 90 and counts.max() < 160
+    assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[:, 0], kept[:, 1])
+    drawn = [random_tokens(x, places, 3, training=True) for _ in range(2)]
+    assert not torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("name", MODELS)

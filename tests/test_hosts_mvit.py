@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from hf_inti.hosts import compress, parameter_groups, set_training_progress
-from hf_inti.hosts.contract import Hook
 from hf_inti.measure.costs import count_flops
+from host_models import disturb, hooks_of, logits
 from reference.mvit import mvit
 from torchvision_models import load
 
@@ -61,13 +61,6 @@ def build(kind: str = "v1", dtype=torch.float64):
     return model.to(dtype).eval()
 
 
-def disturb(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for value in module.parameters():
-            value.add_(torch.randn_like(value) * 0.3)
-    return module
-
-
 def config(kind: str) -> dict:
     return {
         "heads": [block[0] for block in BLOCKS[kind]],
@@ -87,16 +80,6 @@ def compressed(kind: str = "v1", dtype=torch.float64, **options):
 
 def clips(B: int = 2, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(B, *FRAMES, dtype=dtype)
-
-
-def logits(model, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-def hooks_of(model) -> list[Hook]:
-    found = [hook for m in model.modules() for hook in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
-    return [hook for hook in found if isinstance(hook, Hook)]
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from hf_inti.hosts import compress, parameter_groups
-from hf_inti.hosts.contract import Hook
 from hf_inti.measure.costs import count_flops
+from host_models import disturb, hooks_of, logits
 from reference.videoswin import videoswin
 from torchvision_models import load
 
@@ -50,26 +50,11 @@ def build(dtype=torch.float64):
         num_classes=5,
         stochastic_depth_prob=0.0,
     )
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * 0.3)
-    return model.to(dtype).eval()
+    return disturb(model).to(dtype).eval()
 
 
 def clips(B: int = 2, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(B, *FRAMES, dtype=dtype)
-
-
-def logits(model, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-def hooks_of(model) -> list[Hook]:
-    found = []
-    for m in model.modules():
-        found += [*m._forward_hooks.values(), *m._forward_pre_hooks.values(), vars(m).get("forward")]
-    return [hook for hook in found if isinstance(hook, Hook)]
 
 
 def test_the_host_is_its_reference():
@@ -89,12 +74,19 @@ def test_sta_is_its_reference(options):
     assert_close(logits(model, x[1:]), got[1:], rtol=0, atol=1e-12)  # clips do not see each other
 
 
+def test_random_tokens_instead_of_scores():
+    model, x = build(), clips()
+    scored = logits(compress(model, "sta", r=13), x)
+    got = logits(compress(model, "sta", r=13, scores="random"), x)
+    assert (got - scored).abs().max() > 1e-3
+    assert torch.equal(logits(model, x), got)  # the same each time
+    assert_close(logits(model, x[1:]), got[1:], rtol=0, atol=1e-12)  # clips do not see each other
+
+
 def selected(dtype=torch.float64, **options):
     """STTS with scorers as random as the rest."""
     model = compress(build(dtype), "stts", **options)
-    with torch.no_grad():
-        for value in model.compression.parameters():
-            value.add_(torch.randn_like(value) * 0.3)
+    disturb(model.compression)
     return model
 
 

@@ -106,7 +106,7 @@ def test_wrong_recipes(text, wanted, recipe):
 
 
 def test_required_settings_may_come_from_either_place(recipe):
-    with pytest.raises(ValueError, match=r"model must be set with --model or in the recipe, got neither \(Checkpoint"):
+    with pytest.raises(ValueError, match=r"model must be set with --model or in the recipe, got neither it nor a host"):
         parse_recipe(ALL, REQUIRED[2:])
     assert parse_recipe(ALL, [recipe("model: b"), *REQUIRED[2:]])[0].model == "b"
 

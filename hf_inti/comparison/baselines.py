@@ -59,7 +59,7 @@ def fit_baselines(
     if kept.get("views", {"num_clips": 1, "num_crops": 1}) != views or "top1" not in kept:
         train_set, eval_set = load_datasets(data, Accelerator())
         config = build_model(model, label_names_of(train_set)).config
-        processor = build_processor(model.model, config, data)
+        processor = build_processor(model.checkpoint, config, data)
         tower = CLIPVisionModel.from_pretrained(model.model).eval()
         train = read_views(train_set, EvalTransform(processor), tower)
         test = read_views(eval_set, EvalTransform(processor, **views), tower)

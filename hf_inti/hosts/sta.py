@@ -18,6 +18,16 @@ from .contract import BaseHost, Current, Feature, Hook, first, with_first
 
 
 RELEASED = "released"  # the authors' code's schedule, which the paper does not have
+RANDOM = "random"  # instead of scores: what STA has to beat
+
+
+def random_tokens(x: torch.Tensor, places: torch.Tensor, r: int, training: bool) -> torch.Tensor:
+    """All but r tokens of each group, drawn at random, whatever they show: indices (B, G, N - r).
+
+    Of tokens x (B, G, N, C) at `places` (B, G, N). In evaluation a clip is drawn for in the same way each time.
+    """
+    draw = draw_for(x.flatten(0, 1), places.flatten(0, 1), training).unflatten(0, x.shape[:2])
+    return draw.argsort(dim=-1, stable=True)[..., : x.shape[2] - r]
 
 
 class Prune(Hook):
@@ -39,8 +49,11 @@ class Prune(Hook):
         groups = base // self.joined
         x = x.unflatten(1, (groups, -1))  # (B, G, N, D)
         places = self._places(before.places, x)
-        metric = trace.feature[:, self.host.class_tokens :].unflatten(1, (groups, -1))
-        kept = prune(x, metric, **self._draw(x, places, module.training), **self.options)
+        if self.options["scores"] == RANDOM:
+            kept = random_tokens(x, places, self.options["r"], module.training)
+        else:
+            metric = trace.feature[:, self.host.class_tokens :].unflatten(1, (groups, -1))
+            kept = prune(x, metric, **self._draw(x, places, module.training), **self.options)
         trace.tokens[self.i] = before._replace(groups=base, places=places.gather(2, kept).flatten(1, 2))
         x = x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1])).flatten(1, 2)
         return with_first(output, torch.cat([classes, x], dim=1))
@@ -92,13 +105,13 @@ def hooks(
         schedule: "decreasing", "constant" or "increasing" as in the paper, see `STA`, or "released": the authors' code
             keeps r and halves the number of groups at each stage by joining neighbours, dropping as many tokens in
             total as "decreasing".
-        order, first_frame, similarity, scores: see `STA`.
+        order, first_frame, similarity, scores: see `STA`; scores "random" drops tokens at random, as a baseline.
         groups: into how many groups the patches are divided; default: one for each frame after the tubelet embedding,
             8 for 16 frames of VideoMAE (the released code has 8 whatever the number of frames).
 
     Raises ValueError for bad options, and where r leaves a group without tokens.
     """
-    check_choices(order, first_frame, similarity, scores)
+    check_choices(order, first_frame, similarity, "both" if scores == RANDOM else scores)
     if schedule not in (*SCHEDULES, RELEASED):
         raise ValueError(f"STA's schedule must be one of {', '.join((*SCHEDULES, RELEASED))}, got {schedule!r}.")
     released = schedule == RELEASED

@@ -12,6 +12,7 @@ from torch import nn
 from ..model.compression_sta import cells_for, check_choices, directions, draw_for, prune
 from ..model.methods import is_count
 from .contract import BaseHost, Current, Hook, PreHook
+from .sta import RANDOM, random_tokens
 from .videoswin import WindowTokens, fill, nearest_kept
 
 
@@ -68,8 +69,12 @@ class Prune(Hook):
                 f"STA's r must leave a token of each frame, got one that drops {self.r} of {grid[0]} x {grid[1]} "
                 f"after stage {self.i}; lower r, or give larger frames."
             )
-        draw = self._draw(x, grid, module.training)
-        kept = prune(x, feature.flatten(2, 3), self.r, **draw, **self.options).sort(dim=-1).values
+        if self.options["scores"] == RANDOM:
+            places = torch.arange(x.shape[2], device=x.device).expand(x.shape[:3])
+            kept = random_tokens(x, places, self.r, module.training).sort(dim=-1).values
+        else:
+            draw = self._draw(x, grid, module.training)
+            kept = prune(x, feature.flatten(2, 3), self.r, **draw, **self.options).sort(dim=-1).values
         x = x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1]))
         return WindowTokens(x, kept, nearest_kept(kept, grid))
 
@@ -97,11 +102,11 @@ def hooks(
         r: tokens of each frame that are dropped after the first stage; after the second 1.5 r / 4, after the third
             2 r / 16. The paper has 192, 256 and 320 for frames of 224 x 224, of 784, 196 and 49 tokens after the three
             stages. Or a list of the three.
-        order, first_frame, similarity, scores: see `STA`.
+        order, first_frame, similarity, scores: see `STA`; scores "random" drops tokens at random, as a baseline.
 
     Raises ValueError for bad options; the model's call does where r leaves no token.
     """
-    check_choices(order, first_frame, similarity, scores)
+    check_choices(order, first_frame, similarity, "both" if scores == RANDOM else scores)
     dropped = dropped_tokens(r)
     if not any(dropped):
         return []

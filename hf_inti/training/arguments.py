@@ -1,6 +1,7 @@
 """The settings of a training run: model, data and training. `cli.py` reads them from recipes and flags."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from ..data.layouts import LAYOUTS
 from ..model.adaptation import ADAPTATIONS
@@ -19,7 +20,13 @@ def _help(text: str, default=None, **metadata):
 class ModelArguments:
     """Which model is trained."""
 
-    model: str = _help("Checkpoint to start from, CLIP or InTI-CLIP: a folder or a name on the Hub.")
+    model: str | None = _help("Checkpoint to start from, CLIP or InTI-CLIP: a folder or a name on the Hub.")
+    host: str | None = _help(
+        "Instead: transformers/CHECKPOINT (VideoMAE, ViViT, TimeSformer, V-JEPA 2) or torchvision/NAME (MViT, swin3d)."
+    )
+    host_weights: str | None = _help(
+        "Published weights of torchvision, such as KINETICS400_V1, which are downloaded; default: random ones."
+    )
     num_frames: int | None = _help(f"Frames sampled from each clip; default: {OWN} 16.")
     compression: str | None = _help(
         f"Method that reduces frames or tokens: {', '.join(COMPRESSIONS)}; default: {OWN} inti."
@@ -37,6 +44,25 @@ class ModelArguments:
     )
     classifier_dropout: float | None = _help(f"Dropout before the classifier; default: {OWN} 0.")
     activation_checkpointing: bool = _help("Recompute activations in the backward pass: less memory, slower.", False)
+
+    def __post_init__(self):
+        if self.model is None and self.host is None:
+            raise ValueError("model must be set with --model or in the recipe, got neither it nor a host; see --help.")
+        if self.host_weights is not None and self.host is None:
+            raise ValueError(f"host_weights must be left out without a host, got {self.host_weights!r}.")
+        if self.model is not None and self.host is not None:
+            raise ValueError(f"model must be left out with a host, got {self.model!r} and {self.host!r}.")
+
+    @property
+    def checkpoint(self) -> str:
+        """What training starts from, without the host's library."""
+        return self.model if self.host is None else self.host.partition("/")[2]
+
+    @property
+    def base_model(self) -> str | None:
+        """Its name, if it is one on the Hub."""
+        local = Path(self.checkpoint).exists() or (self.host or "").startswith("torchvision/")
+        return None if local else self.checkpoint
 
     def config_options(self) -> dict:
         """The settings that are given and are fields of InTIClipVisionConfig."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import get_scheduler, logging
+from transformers import PreTrainedConfig, PreTrainedModel, get_scheduler, logging
 
 from ..data.augmentation import ClipAugmentation
 from ..data.clips import StreamingVideoClips, VideoClips, cache_frames, collate
@@ -21,6 +21,7 @@ from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .evaluation import EvalTransform
+from .hosts import build_host, host_processor
 from .interruption import ignore_signals
 
 
@@ -39,11 +40,13 @@ def load_datasets(
 # Model and processor ------------------------------------------------------------------------------
 
 
-def build_model(arguments: ModelArguments, label_names: list[str]) -> InTIClipForVideoClassification:
-    """A CLIP or InTI-CLIP checkpoint with a head for `label_names`, new where it has none of that shape.
+def build_model(arguments: ModelArguments, label_names: list[str]) -> PreTrainedModel:
+    """A host, or a CLIP or InTI-CLIP checkpoint, with a head for `label_names`, new where it has none of that shape.
 
     Raises ValueError if weights of CLIP's tower are missing from the checkpoint.
     """
+    if arguments.host is not None:
+        return build_host(arguments, label_names)
     options = {
         **arguments.config_options(),
         "id2label": dict(enumerate(label_names)),
@@ -72,14 +75,18 @@ def build_model(arguments: ModelArguments, label_names: list[str]) -> InTIClipFo
     return model
 
 
-def build_processor(model: str, config: InTIClipVisionConfig, data: DataArguments) -> InTIClipVideoProcessor:
+def build_processor(model: str, config: PreTrainedConfig, data: DataArguments) -> InTIClipVideoProcessor:
     """The processor with which the model is trained and saved.
 
-    An InTI-CLIP checkpoint keeps its own, changed only in what `data` sets; for CLIP the rest are CLIP's values.
+    An InTI-CLIP checkpoint or a host keeps its own, changed only in what `data` sets; for CLIP the rest are CLIP's.
     The number of frames is always the model's.
     """
     names = ("sampling", "frame_stride", "image_mean", "image_std")
     options = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
+    if not isinstance(config, InTIClipVisionConfig):
+        if data.squash is not None:
+            options["size"] = frame_size(host_processor(model, config).crop_size["height"], data.squash)
+        return host_processor(model, config, **options)
     options["num_frames"] = config.num_frames
     if data.squash is not None:
         options["size"] = frame_size(config.image_size, data.squash)
@@ -225,13 +232,14 @@ def batches_of_all(loader: DataLoader, accelerator: Accelerator) -> Iterator[dic
 
 
 def module_kind(name: str) -> str:
-    """Where a parameter of InTIClipForVideoClassification belongs, by its name.
+    """Where a parameter of InTIClipForVideoClassification or a host belongs, by its name.
 
-    "head" is the classifier, "new" compression and adaptation, "tower" everything that CLIP has.
+    "head" is the classifier, "new" compression and adaptation, "tower" everything that CLIP, or the host, has.
     """
-    if name.startswith("classifier."):
+    if name.startswith(("classifier.", "host.head.")):
         return "head"
-    return "new" if name.removeprefix("vision_model.").startswith(("compression.", "adaptation.")) else "tower"
+    name = name.removeprefix("vision_model.").removeprefix("host.")
+    return "new" if name.startswith(("compression.", "adaptation.")) else "tower"
 
 
 def parameter_groups(model: nn.Module, training: TrainingArguments) -> list[dict]:
