@@ -1,6 +1,6 @@
 """Trained video models with fewer tokens, without training: accuracy against multiply-adds, on small models.
 
-    python scripts/make_demo_data.py --output_dir outputs/hosts/data --num_train 300 --num_test 50
+    python scripts/make_demo_data.py --output_dir outputs/hosts/data --task stills --num_train 300 --num_test 50
     python scripts/compare.py hosts --data_dir outputs/hosts/data --work_dir outputs/hosts
 
 Trains a small model of each host from random weights, all under one recipe, and evaluates it as it is and in the ways
