@@ -317,3 +317,11 @@ def test_weights_that_are_cut_off_are_said(tiny_config, tmp_path):
         (tmp_path / "model.safetensors").write_bytes(part)
         with pytest.raises(ValueError, match="are damaged or cut off .*fetch or write them again"):
             InTIClipForVideoClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("compression", ["inti", "conv_pooling", "linear_pooling"])
+def test_stages_stay_on_one_device(compression, tiny_config):
+    """device_map goes by the names of classes, not of their bases."""
+    model = InTIClipVisionModel(tiny_config(compression=compression))
+    names = {type(module).__name__ for module in (*model.compression.stages, *model.encoder.layers, model.embeddings)}
+    assert len(names) == 3 and names <= set(model._no_split_modules)

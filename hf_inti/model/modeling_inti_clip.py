@@ -251,7 +251,7 @@ class InTIClipPreTrainedModel(CLIPPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("video",)
-    _no_split_modules = ["InTIClipVisionEmbeddings", "InTIClipEncoderLayer", "FrameInterpolation", "InTI"]
+    _no_split_modules = ["InTIClipVisionEmbeddings", "InTIClipEncoderLayer", "InTI", "ConvPool", "LinearPool"]
     _supports_flex_attn = False
     _can_record_outputs = {
         # The embeddings are the first LayerNorm's output, not the first block's input, which a compression may have
