@@ -57,6 +57,4 @@ def load_reader(options: str) -> Callable[..., torch.Tensor]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] in ([], ["--help"]):
-        raise SystemExit(print(__doc__))
     answer_requests(partial(load_reader, sys.argv[1]))
