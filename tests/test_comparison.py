@@ -244,7 +244,7 @@ class TestCompared:
             views = read_json(runs / "records" / method / f"seed_{seed}.json")["views"]
             assert views == {"num_clips": 2, "num_crops": 3, "eval_top1": right / 6, "eval_num_videos": 6}
         table = read_json(runs / "comparison.json")
-        assert "in 2 clips and 3 crops of each video" in table["about"]
+        assert table["about"].endswith(" in 2 clips x 3 crops")
         assert [row["top1_of_seeds"] for row in table["rows"]] == [
             [read_json(runs / "records" / m / f"seed_{seed}.json")["views"]["eval_top1"] for seed in (0, 1)]
             for m in ("Naive", "InTI")

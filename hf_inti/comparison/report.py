@@ -104,7 +104,7 @@ def notes(conditions: list[dict], seeds: list[int], about: str) -> str:
     memory = "all that was allocated" if first["device"].startswith("cuda") else "what it takes beyond the loaded model"
     return (
         f"{about}.\n"
-        f"Top-1 after the last epoch, one view: mean ± standard deviation of seeds {' '.join(map(str, seeds))}.\n"
+        f"Top-1 after the last epoch: mean ± standard deviation of seeds {' '.join(map(str, seeds))}.\n"
         "Over the first method: the mean difference, seed by seed, ± half of its 95% interval (Student's t).\n"
         "GMACs: multiply-adds of one clip; norms, activations and softmax are not counted.\n"
         f"Speed: medians, the methods in turns, on random clips in batches of {' or '.join(map(str, sizes))}, on "

@@ -291,8 +291,7 @@ def main(arguments: list[str]) -> int:
     if args.baselines:
         found = fit_baselines(model, data, Path(args.records_dir), args.num_clips, args.num_crops)
         results |= {name: [result] for name, result in found.items()}
+    views = f"{args.num_clips} clips x {args.num_crops} crops" if several_views else "one view"
     about = f"{args.recipe}, {training.epochs} epochs, trained on {data.train_dir}, evaluated on {data.eval_dir}"
-    if several_views:
-        about += f" in {args.num_clips} clips and {args.num_crops} crops of each video"
-    print(write_report(results, measurements, args.seeds, about, Path(args.output_dir)))
+    print(write_report(results, measurements, args.seeds, f"{about} in {views}", Path(args.output_dir)))
     return 0
