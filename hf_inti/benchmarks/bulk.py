@@ -45,7 +45,7 @@ class SlowModel:
 
 
 def time_stages(clips: Sequence[Clip], stages: tuple[Stage, Stage], plan: Plan) -> float:
-    """Seconds of a video, from all of them less a quarter of them: without starts and ends, for tables come in bursts."""
+    """Seconds of a video, by the difference to a quarter of them: without starts and ends. Tables come in bursts."""
 
     def seconds(some: Sequence[Clip]) -> float:
         begin = time.perf_counter()
