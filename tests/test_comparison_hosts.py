@@ -82,7 +82,7 @@ def test_wrong_settings(tmp_path):
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_every_way_fits_its_host_and_saves_operations(name):
-    if HOSTS[name].library == "torchvision":
+    if HOSTS[name].package == "torchvision":
         load()
         model = TorchvisionForVideoClassification(HOSTS[name].config())
     else:

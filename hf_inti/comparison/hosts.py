@@ -69,7 +69,7 @@ class Setting(NamedTuple):
 
 
 class SmallHost(NamedTuple):
-    library: str
+    package: str
     config: Callable[[], PreTrainedConfig]
     settings: list[Setting]
 
@@ -169,8 +169,8 @@ def main(arguments: list[str]) -> int:
     args = parse_arguments(HostsArguments, [], __doc__, arguments)
     torch.set_num_threads(args.threads)
     for name in args.hosts:
-        if not importable(HOSTS[name].library):
-            print(f"{name} is left out: {HOSTS[name].library} cannot be imported.")
+        if not importable(HOSTS[name].package):
+            print(f"{name} is left out: {HOSTS[name].package} cannot be imported.")
             continue
         train(name, args)
         for setting in (ALL, *HOSTS[name].settings):
@@ -179,9 +179,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def importable(library: str) -> bool:
+def importable(package: str) -> bool:
     try:
-        import_module(f"{library}.models")
+        import_module(f"{package}.models")
     except (ImportError, RuntimeError):  # torchvision's operators may not fit this torch
         return False
     return True
@@ -193,7 +193,7 @@ def train(name: str, args: HostsArguments) -> None:
     host = HOSTS[name]
     host.config().save_pretrained(folder / "untrained")
     last = {"eval_every_epochs": args.epochs, "checkpoint_every_epochs": 2}
-    places = {"host": f"{host.library}/{folder / 'untrained'}", "train_dir": args.data_dir, "eval_dir": args.data_dir}
+    places = {"host": f"{host.package}/{folder / 'untrained'}", "train_dir": args.data_dir, "eval_dir": args.data_dir}
     flags = flags_of({**args.training, **last, **places, "output_dir": folder})
     command = [str(ROOT / "scripts" / "train.py"), *flags, "--resume"]
     job = Job(name, command, folder / "log.txt", folder / "last" / "config.json")
