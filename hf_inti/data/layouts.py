@@ -81,7 +81,7 @@ def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool =
     paths, found = [], False
     for candidates, _ in rows:
         tried = [os.path.join(video_root, name) for name in candidates]
-        outside = [] if allow_outside_root else [path for path in tried if not _is_inside(path, video_root)]
+        outside = [] if allow_outside_root else [path for path in tried if not is_inside(path, video_root)]
         if outside:
             raise ValueError(
                 f"listed videos must be in video_root, {video_root}, got {outside[0]}; set video_root to a folder that "
@@ -99,7 +99,8 @@ def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool =
     return paths
 
 
-def _is_inside(path: str, folder: str | os.PathLike) -> bool:
+def is_inside(path: str, folder: str | os.PathLike) -> bool:
+    """Whether the path as written, links not followed, lies in the folder."""
     folder = os.path.abspath(folder)
     return os.path.commonpath([folder, os.path.abspath(path)]) == folder
 

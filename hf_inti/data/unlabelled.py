@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from .layouts import PATH_COLUMNS, VIDEO_EXTENSIONS, expand_braces, read_csv, read_json, read_lines
+from .layouts import PATH_COLUMNS, VIDEO_EXTENSIONS, expand_braces, is_inside, read_csv, read_json, read_lines
 
 
 LISTS = (".txt", ".csv", ".json", ".jsonl", ".parquet")
@@ -82,7 +82,7 @@ def read_clips(source: str, video_column: str, video_root: str | None, allow_out
         if not isinstance(name, str) or not name:
             raise ValueError(f"{source} must give a path or URL for every video, got {name!r}; fix this row.")
         clip = _listed(name, root)
-        if "://" not in name and not allow_outside_root and os.path.commonpath([root, clip.path]) != root:
+        if "://" not in name and not allow_outside_root and not is_inside(clip.path, root):
             raise ValueError(
                 f"videos of {source} must be in video_root, {root}, got {name}; set video_root to a folder that holds "
                 "them all, or allow_outside_root if you trust the list."
