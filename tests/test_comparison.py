@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -26,9 +27,12 @@ from hf_inti.comparison import run as comparison
 from hf_inti.comparison.baselines import frame_features, grey_pixels, ridge_accuracy
 from hf_inti.comparison.report import HEADS, paired_difference, percent, write_report
 from hf_inti.comparison.run import main
+from hf_inti.comparison.views import places_of
 from hf_inti.measure import jobs as comparison_processes
 from hf_inti.measure.costs import count_costs
 from hf_inti.measure.jobs import Job, read_json, run_jobs
+from hf_inti.training.arguments import DataArguments
+from hf_inti.training.cli import parse_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -310,6 +314,26 @@ def test_wrong_settings_read_well(folder, tmp_path, flags, wanted):
         main(arguments(folder, "--output_dir", str(tmp_path / "out"), *flags))
     assert wanted in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_views_find_the_videos_that_training_evaluates_on(tmp_path):
+    data = DataArguments(
+        train_dir="t", eval_dir="e.csv", layout="csv", eval_split="val", video_root="v", allow_outside_root=True
+    )
+    found = places_of(data)
+    assert found == {
+        "data_dir": "e.csv", "split": "val", "layout": "csv", "video_root": "v", "allow_outside_root": True
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in found.items()]
+    script = runpy.run_path(ROOT / "scripts" / "evaluate.py")
+    read = parse_arguments(script["EvaluationArguments"], ["model"], "", ["m", *flags])
+    assert {name: getattr(read, name) for name in found} == found
+
+
+def test_hosts_are_refused_before_anything_is_trained(folder):
+    methods = '{"VideoMAE": {"host": "transformers/videomae"}}'
+    with pytest.raises(ValueError, match="VideoMAE: .*host"):
+        main(arguments(folder, "--methods", methods))
 
 
 def test_evaluation_is_needed(folder):

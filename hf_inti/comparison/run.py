@@ -5,9 +5,9 @@
 Every run is a process of scripts/train.py with the recipe, then the comparison's overrides, then flags of train.py
 given here, then the method's own settings: the later wins. Killed or stopped, the same command continues.
 output_dir gets comparison.md, .csv, .json and .png, and for every method the runs (seed_0/ ..., with log.txt).
-records_dir gets a record of every finished run (METHOD/seed_0.json: settings, accuracy by epoch, seconds, command,
-commit, machine) and the measurements. Runs whose record exists are not repeated, so that a long comparison can be
-committed and continued elsewhere.
+records_dir gets a record of every finished run (METHOD/seed_0.json: settings, accuracy by epoch and in all views,
+seconds, command, commit, machine) and the measurements. Runs whose record exists are not repeated, so that a long
+comparison can be committed and continued elsewhere.
 """
 
 import hashlib
@@ -137,6 +137,8 @@ def plan_runs(args: ComparisonArguments, passed: list[str]) -> list[Run]:
             command += [f"--seed={seed}", f"--output_dir={folder}", "--resume"]
             try:
                 run = Run(name, seed, folder, record, command, parse_recipe(TRAINING_CLASSES, command))
+                if run.parsed[0].host is not None:
+                    raise ValueError("host must be left out here: hosts are compared by `compare.py hosts`.")
                 if run.parsed[1].eval_dir is None:
                     raise ValueError("there is nothing to compare by: give eval_dir.")
                 check_settings(run)

@@ -34,12 +34,13 @@ def evaluate_views(runs: list, script: Path, num_clips: int, num_crops: int, job
     begun = []
     for output, run in todo.items():
         output.unlink(missing_ok=True)  # of another model, or of an evaluation that was stopped before it was kept
-        flags = flags_of(run.parsed[1]) | {"output_dir": output.parent, **wanted}
+        flags = places_of(run.parsed[1]) | {"output_dir": output.parent, **wanted}
         arguments = [f"--{name}={value}" for name, value in flags.items() if value is not None]
         begun.append(Job(str(run), [str(script), str(run.folder / "last"), *arguments], run.folder / "log.txt", output))
     run_jobs(begun, jobs, threads, "Evaluating", keep)
 
 
-def flags_of(data: DataArguments) -> dict[str, str | None]:
-    """Where evaluate.py finds the videos."""
-    return {"data_dir": data.eval_dir, "layout": data.layout, "split": data.eval_split, "video_root": data.video_root}
+def places_of(data: DataArguments) -> dict[str, str | bool | None]:
+    """Where evaluate.py finds the videos, by the names of its arguments."""
+    shared = {name: getattr(data, name) for name in ("layout", "video_root", "allow_outside_root")}
+    return {"data_dir": data.eval_dir, "split": data.eval_split, **shared}
