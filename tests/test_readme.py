@@ -314,3 +314,27 @@ def test_speed_in_the_readme_is_measured():
         f"{ratio('limit', 'gmacs'):.2f}",
         f"{ratio('training_b16', 'seconds'):.2f}",
     )
+
+
+ACCURACIES = re.findall(r"^\| (spoken phrases|five clips)[^|]*\|(.*)\|$", README, re.MULTILINE)
+STUDIES = {"spoken phrases": "real", "five clips": "stills_5"}
+
+
+def test_accuracies_are_found():
+    assert [name for name, _ in ACCURACIES] == list(STUDIES)
+
+
+@pytest.mark.parametrize(("name", "cells"), ACCURACIES)
+def test_accuracies_and_costs_are_those_of_the_study(name, cells):
+    rows = json.loads((ROOT / "results" / "study" / STUDIES[name] / "comparison.json").read_text())["rows"]
+    rows = {row["method"]: row for row in rows}
+    methods = ["Naive", "ConvPooling", "InTI", "InTI+UniFormerV2"]
+    (head,) = re.findall(r"^\| top-1 % +\|(.*)\|$", README, re.MULTILINE)
+    assert [cell.strip() for cell in head.split("|")] == methods
+    assert [cell.strip() for cell in cells.split("|")] == [f"{100 * rows[method]['top1']:.1f}" for method in methods]
+    (shares,) = re.findall(r"^\| share of Naive's multiply-adds +\|(.*)\|$", README, re.MULTILINE)
+    naive = rows["Naive"]["gmacs"]
+    wanted = [f"{rows[method]['gmacs'] / naive:.0%}" for method in methods]
+    assert [cell.replace(" ", "") for cell in shares.split("|")] == wanted
+    ridge = {"spoken phrases": "Ridge, pixels", "five clips": "Ridge, frame features"}[name]
+    assert f"{100 * rows[ridge]['top1']:.1f} from the" in " ".join(README.split())
