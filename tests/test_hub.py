@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -356,8 +357,11 @@ def test_preparing_twice_gives_the_same_files(prepared, model_dir, tmp_path):
     for path in prepared[0].rglob("*"):
         again = tmp_path / "again" / path.relative_to(prepared[0])
         if path.suffix == ".png":  # a busy machine may sum in another order
-            pixels = [np.asarray(Image.open(each).convert("RGB")).astype(int) for each in (path, again)]
-            assert abs(pixels[0] - pixels[1]).max() <= 2
+            pictures = [np.asarray(Image.open(each).convert("RGB")) for each in (path, again)]
+            assert abs(np.subtract(*pictures, dtype=int)).max() <= 2
+        elif path.suffix == ".mp4":  # x264 does not always choose the same bits
+            clips = [np.stack([f.to_ndarray(format="rgb24") for f in av.open(str(p)).decode(0)]) for p in (path, again)]
+            assert abs(np.subtract(*clips, dtype=int)).mean() < 1
         elif path.is_file():
             assert path.read_bytes() == again.read_bytes(), path.name
 
