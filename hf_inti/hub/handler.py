@@ -41,7 +41,7 @@ import torch
 from transformers import AutoModelForVideoClassification, AutoProcessor
 
 
-REQUIREMENTS = "transformers>=5.17\ntorch>=2.11\nav>=16\n"  # requirements.txt in the same repository
+REQUIREMENTS = "transformers>=5.17\ntorch>=2.11\nav>=18.1\n"  # requirements.txt in the same repository
 MAX_BYTES = 64 * 2**20
 MAX_SECONDS = 600.0
 MAX_PIXELS = 3840 * 2160  # per frame
