@@ -2,14 +2,17 @@
 
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from tqdm.auto import tqdm
 
 from ..bulk.engine import Plan, Stage, cluster, make_plan, run_stages
 from ..bulk.isolation import Isolated
@@ -90,7 +93,7 @@ def measure(args: BulkArguments, name: str, clips: Sequence[Clip]) -> dict[str, 
     """Rows `bulk`, `decoding`, `model`, and `slow_xN`; `share`: of the rate of the slower stage, or of N models'."""
     model, processor = load_classifier(name)
     result = Result("features", model.classifier.in_features)
-    slow_clips, times = [Clip(str(n), str(n)) for n in range(args.slow_videos)], {}
+    slow_clips, times = [Clip(str(n), str(n)) for n in range(args.slow_videos)], defaultdict(list)
     slow = Stage(BlankDecoder, ()), Stage(SlowModel, (Result("features", 1), args.slow_seconds))
     with cluster(None) as resources:
         plan = make_plan(resources)
@@ -98,13 +101,15 @@ def measure(args: BulkArguments, name: str, clips: Sequence[Clip]) -> dict[str, 
         decode, compute = decoder.cls(*decoder.arguments), ClipModel(load_classifier(name)[0], processor, result, 1)
         row, cores = decode(clips[0]._asdict()), int(resources["CPU"])
         torch.set_num_threads(plan.threads)  # the decoder has set it to 1
-        for _ in range(args.repetitions):
-            times.setdefault("bulk", []).append(time_stages(clips, (decoder, computing), plan))
-            times.setdefault("decoding", []).append(time_decoding(clips, decoder, cores))
-            times.setdefault("model", []).append(time_model(row, compute, len(clips) // 4, plan.batch_size))
-            for n in ACTORS:
-                seconds = time_stages(slow_clips, slow, plan._replace(models=n, batch_size=1))
-                times.setdefault(f"slow_x{n}", []).append(seconds)
+        jobs = {
+            "bulk": lambda: time_stages(clips, (decoder, computing), plan),
+            "decoding": lambda: time_decoding(clips, decoder, cores),
+            "model": lambda: time_model(row, compute, len(clips) // 4, plan.batch_size),
+        }
+        for n in ACTORS:
+            jobs[f"slow_x{n}"] = partial(time_stages, slow_clips, slow, plan._replace(models=n, batch_size=1))
+        for name, job in tqdm([*jobs.items()] * args.repetitions, desc="Measuring"):
+            times[name].append(job())
     rows = {name: summary(values) for name, values in times.items()}
     rows["bulk"]["share"] = max(rows["decoding"]["seconds"], rows["model"]["seconds"]) / rows["bulk"]["seconds"]
     for n in ACTORS:
