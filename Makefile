@@ -46,7 +46,7 @@ demo: .venv/installed
 	$(RUN) scripts/report_demo.py --seed $(SEED) --record $(RECORD)
 
 TORCHVISION_TESTS = tests/test_host_costs.py tests/test_host_vectors.py tests/test_hosts_mvit.py tests/test_hosts_videoswin.py \
-	tests/test_training_hosts.py tests/test_comparison_hosts.py
+	tests/test_training_hosts.py tests/test_recipes_hosts.py tests/test_comparison_hosts.py
 
 test: .venv/installed
 	$(RUN) -m pytest -n auto --dist loadfile

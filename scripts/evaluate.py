@@ -39,6 +39,9 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Instead: torchvision/NAME with its published weights, or transformers/CHECKPOINT."},
     )
+    host_weights: str | None = field(
+        default=None, metadata={"help": "Which of torchvision's published weights; default: the ones it prefers."}
+    )
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Where to write; default: evaluation/, or evaluation_COMPRESSION/, in the model's folder."},
@@ -56,6 +59,9 @@ class EvaluationArguments:
     num_frames: int | None = field(default=None, metadata={"help": "Frames of each clip; default: as in training."})
     sampling: str | None = field(default=None, metadata={"help": "uniform or dense; default: as in training."})
     frame_stride: int | None = field(default=None, metadata={"help": "Distance of frames in dense sampling."})
+    resize: int | None = field(
+        default=None, metadata={"help": "Short side in pixels to which frames are resized; default: as in training."}
+    )
     num_clips: int = field(default=1, metadata={"help": "Clips of each video."})
     num_crops: int = field(default=1, metadata={"help": "Crops of each clip: 1 (centre) or 3."})
     batch_size: int = field(default=8, metadata={"help": "Videos in each batch of each process."})
@@ -68,16 +74,23 @@ class EvaluationArguments:
         if self.host is not None:
             library, name = split_host(self.host)
             self.model = self.host if library == "torchvision" and is_published(self.host) else name
+        elif self.host_weights is not None:
+            raise ValueError(f"host_weights must be left out without a host, got {self.host_weights!r}.")
 
 
 def main() -> None:
     args = parse_arguments(EvaluationArguments, ["model"], description=__doc__)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     override = CompressionOverride(args.compression, args.compression_layers, args.compression_options)
-    model, processor = load_classifier(args.model, override, args.num_frames)
+    model, processor = load_classifier(args.model, override, args.num_frames, args.host_weights)
     for name in ("sampling", "frame_stride"):
         if getattr(args, name) is not None:
             setattr(processor, name, getattr(args, name))
+    if args.resize is not None:
+        side = processor.crop_size["height"]
+        if args.resize < side:
+            raise ValueError(f"resize must be at least {side}, the side of the model's crop, got {args.resize}.")
+        processor.size = {"shortest_edge": args.resize}
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     with accelerator.main_process_first():
         dataset = load_video_dataset(

@@ -231,6 +231,26 @@ def test_sampling_may_be_given(folder, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["protocol"]["frames"] == 4
 
 
+def test_frames_may_be_resized(folder, tmp_path, monkeypatch):
+    found = {}
+    for resize in (None, 32, 44):
+        more = [] if resize is None else ["--resize", resize]
+        out = tmp_path / str(resize)
+        evaluate(monkeypatch, folder / "none", "--data_dir", folder / "videos", "--output_dir", out, *more)
+        found[resize] = (out / "predictions.csv").read_text()
+    assert found[None] == found[32] != found[44]
+    with pytest.raises(AssertionError, match="resize must be at least 32, the side of the model's crop, got 31"):
+        evaluate(monkeypatch, folder / "none", "--data_dir", folder / "videos", "--resize", 31)
+
+
+def test_weights_by_name_are_torchvisions(folder, monkeypatch):
+    for name in ("none", "videomae"):
+        with pytest.raises(ValueError, match="host_weights must be left out .* got 'DEFAULT'"):
+            load_classifier(folder / name, host_weights="DEFAULT")
+    with pytest.raises(AssertionError, match="host_weights must be left out without a host, got 'DEFAULT'"):
+        evaluate(monkeypatch, folder / "none", "--data_dir", folder / "videos", "--host_weights", "DEFAULT")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({path.name for path in SCRIPTS.glob("*.py")} - {"demo_clips.py"}))
 def test_scripts_start(name):

@@ -25,7 +25,10 @@ class CompressionOverride:
 
 
 def load_classifier(
-    checkpoint: str, override: CompressionOverride | None = None, num_frames: int | None = None
+    checkpoint: str,
+    override: CompressionOverride | None = None,
+    num_frames: int | None = None,
+    host_weights: str | None = None,
 ) -> tuple[PreTrainedModel, InTIClipVideoProcessor]:
     """A model in evaluation mode, on CPU, and the processor for its videos.
 
@@ -34,6 +37,7 @@ def load_classifier(
         override: the compression to evaluate it with. An InTI-CLIP model takes those that need no training (`"tome"`,
             `"sta"`, `"linear_pooling"` as the plain average of each pair, `"none"`), a host those of `hosts.compress`.
         num_frames: frames of a clip; default: as in training.
+        host_weights: which of torchvision's published weights, for `torchvision/` and a name; default: its own choice.
 
     Raises ValueError for another kind of checkpoint, for bad options, and for a compression whose weights the
     checkpoint does not hold.
@@ -44,8 +48,10 @@ def load_classifier(
             raise ValueError(
                 f"compression_layers must be left out on another library's model, got {override.compression_layers}."
             )
-        model = load_host(checkpoint, override.compression, override.compression_options, num_frames)
+        model = load_host(checkpoint, override.compression, override.compression_options, num_frames, host_weights)
         return model, host_processor(checkpoint, model.config)
+    if host_weights is not None:
+        raise ValueError(f"host_weights must be left out with an InTI-CLIP, got {host_weights!r}.")
     options = {} if num_frames is None else {"num_frames": num_frames}
     processor = InTIClipVideoProcessor.from_pretrained(checkpoint, **options)
     if override.compression is None:

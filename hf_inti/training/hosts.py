@@ -217,15 +217,26 @@ def _resample(positions: torch.Tensor, shape: torch.Size, spatial: int | None) -
 
 
 def load_host(
-    checkpoint: str, compression: str | None = None, options: dict | None = None, num_frames: int | None = None
+    checkpoint: str,
+    compression: str | None = None,
+    options: dict | None = None,
+    num_frames: int | None = None,
+    weights: str | None = None,
 ) -> PreTrainedModel:
     """A trained host in evaluation mode; `compression` in the place of the checkpoint's own, "none" for none.
 
-    `checkpoint`: a folder, a name on the Hub, or `torchvision/` and one of `BUILDERS`, with published weights. Raises
-    ValueError for bad options, and for a compression whose weights the checkpoint does not hold.
+    `checkpoint`: a folder, a name on the Hub, or `torchvision/` and one of `BUILDERS`, with published `weights`,
+    torchvision's default if None. Raises ValueError for bad options, and for a compression whose weights the checkpoint
+    does not hold.
     """
     if is_published(checkpoint):
-        return with_frames(compress_host(_load_published(checkpoint), compression, options), num_frames).eval()
+        model = _load_published(checkpoint, weights or "DEFAULT")
+        return with_frames(compress_host(model, compression, options), num_frames).eval()
+    if weights is not None:
+        raise ValueError(
+            f"host_weights must be left out unless host is torchvision/ and {', '.join(BUILDERS)}, got {weights!r} "
+            f"with {checkpoint}."
+        )
     values, _ = PreTrainedConfig.get_config_dict(checkpoint)
     if compression is None:
         compression, options = values.get("compression"), values.get("compression_options")
@@ -263,9 +274,9 @@ def load_host_config(checkpoint: str) -> PreTrainedConfig:
     return TorchvisionVideoConfig.from_dict(values) if ours else AutoConfig.from_pretrained(checkpoint)
 
 
-def _load_published(checkpoint: str) -> PreTrainedModel:
+def _load_published(checkpoint: str, weights_name: str) -> PreTrainedModel:
     name = checkpoint.partition("/")[2]
-    weights = pretrained_weights(name, "DEFAULT")
+    weights = pretrained_weights(name, weights_name)
     names = weights.meta["categories"]
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     model = TorchvisionForVideoClassification(TorchvisionVideoConfig(architecture=name, **labels))
