@@ -47,16 +47,22 @@ def frame_features(pixel_values: torch.Tensor, tower: CLIPVisionModel) -> torch.
 
 
 def fit_baselines(
-    model: ModelArguments, data: DataArguments, folder: Path, num_clips: int = 1, num_crops: int = 1
+    model: ModelArguments,
+    data: DataArguments,
+    folder: Path,
+    num_clips: int = 1,
+    num_crops: int = 1,
+    videos: dict | None = None,
 ) -> dict[str, dict]:
     """The last evaluation of each baseline, by its name; kept in `folder`/baselines.json, and read from there.
 
-    `model` names the tower and the number of frames. Broken videos are left out of the training and wrong in the
-    evaluation.
+    `model` names the tower and the number of frames; `videos` describes those of a fold, without which what is kept
+    does not count. Broken videos are left out of the training and wrong in the evaluation.
     """
     path, views = folder / "baselines.json", {"num_clips": num_clips, "num_crops": num_crops}
     kept = read_json(path) or {}
-    if kept.get("views", {"num_clips": 1, "num_crops": 1}) != views or "top1" not in kept:
+    other = kept.get("views", {"num_clips": 1, "num_crops": 1}) != views or kept.get("videos") != videos
+    if other or "top1" not in kept:
         train_set, eval_set = load_datasets(data, Accelerator())
         config = build_model(model, label_names_of(train_set)).config
         processor = build_processor(model.checkpoint, config, data)
@@ -65,8 +71,10 @@ def fit_baselines(
         test = read_views(eval_set, EvalTransform(processor, **views), tower)
         top1 = {name: ridge_accuracy(name, train, test) for name in BASELINES}
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"top1": top1, "num_videos": len(test["labels"]), "views": views, **provenance()})
-    return {name: {"eval_top1": top1} for name, top1 in read_json(path)["top1"].items()}
+        found = {"top1": top1, "num_videos": len(test["labels"]), "views": views}
+        write_json(path, {**found, **({} if videos is None else {"videos": videos}), **provenance()})
+    kept = read_json(path)
+    return {name: {"eval_top1": top1, "eval_num_videos": kept["num_videos"]} for name, top1 in kept["top1"].items()}
 
 
 def read_views(dataset: Dataset, transform: EvalTransform, tower: CLIPVisionModel) -> dict[str, torch.Tensor]:
