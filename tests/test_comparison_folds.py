@@ -290,20 +290,26 @@ def test_folds_are_trained_scored_and_gone_on_with(folder, monkeypatch):
     monkeypatch.setattr(comparison, "ROUNDS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     flags = ["--methods", '{"Naive": {"compression": "none"}}', "--folds", "[F01, M01]", "[M02]", "--num_clips", "2"]
+    flags += ["--frame_orders", "reversed"]
     assert main(arguments(folder, *flags, "--baselines", "true")) == 0
     records = folder / "out" / "records"
     found = [read_json(records / "Naive" / f"fold_{name}" / "seed_0.json") for name in ("F01+M01", "M02")]
     assert [record["fold"] for record in found] == [["F01", "M01"], ["M02"]]
     assert [record["views"]["eval_num_videos"] for record in found] == [4, 6]
+    assert all({"num_clips": 2, "num_crops": 1}.items() <= record["orders"].items() for record in found)
     right = [round(record["views"]["eval_top1"] * n) for record, n in zip(found, (4, 6), strict=True)]
     rows = read_json(folder / "out" / "comparison.json")["rows"]
     assert [row["method"] for row in rows] == ["Naive", "Ridge, pixels", "Ridge, frame features"]
     assert rows[0]["top1"] == pytest.approx(sum(right) / 10)
+    turned = sum(record["orders"]["reversed"] * n for record, n in zip(found, (4, 6), strict=True)) / 10
+    assert rows[0]["reversed"] == pytest.approx(turned)
     kept = [read_json(records / f"fold_{name}" / "baselines.json") for name in ("F01+M01", "M02")]
     assert [each["num_videos"] for each in kept] == [4, 6]
     for row in rows[1:]:
         first, second = (each["top1"][row["method"]] for each in kept)
         assert row["top1"] == pytest.approx((4 * first + 6 * second) / 10)
+        first, second = (each["orders"]["reversed"][row["method"]] for each in kept)
+        assert row["reversed"] == pytest.approx((4 * first + 6 * second) / 10)
     log = folder / "out" / "Naive" / "fold_M02" / "seed_0" / "log.txt"
     times = [path.stat().st_mtime_ns for path in (log, *records.rglob("*.json"))]
     assert main(arguments(folder, *flags, "--baselines", "true")) == 0

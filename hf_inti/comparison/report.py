@@ -32,6 +32,7 @@ def write_report(
     about: str,
     folder: Path,
     folds: Sequence[str] = (),
+    orders: Sequence[str] = (),
 ) -> str:
     """Write comparison.json, .csv, .md and .png into `folder`.
 
@@ -42,6 +43,7 @@ def write_report(
         seeds: in the order of `results`.
         about: what was trained on what, for the line below the table.
         folds: their names, in the order of `results`; evaluations then need `eval_num_videos`.
+        orders: of frames in the test, by whose names evaluations have further accuracies.
 
     Returns the text of comparison.md.
     """
@@ -53,6 +55,9 @@ def write_report(
         top1 = row["top1_of_folds" if folds else "top1_of_seeds"]
         videos = [found["eval_num_videos"] for found in of_runs] if folds else None
         first = first or top1
+        for order in orders:
+            found = accuracies([{**run, "eval_top1": run[order]} for run in of_runs], len(seeds), len(folds))
+            row |= {order: found["top1"], f"{order}_std": found["top1_std"]}
         rows.append({**row, **paired_difference(top1, first, videos), **numbers})
     with (folder / "comparison.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
@@ -61,7 +66,7 @@ def write_report(
         joined = [{name: " ".join(map(str, values)) for name, values in found.items()} for found in lists]
         writer.writerows({**row, **found} for row, found in zip(rows, joined, strict=True))
     conditions, record = [m["conditions"] for m in measurements.values()], provenance()
-    text = f"{markdown(rows)}\n{notes(conditions, seeds, about, len(folds))}\n{source_line(record)}\n"
+    text = f"{markdown(rows, orders)}\n{notes(conditions, seeds, about, len(folds), orders)}\n{source_line(record)}\n"
     (folder / "comparison.md").write_text(text)
     about_runs = {"about": about, "seeds": seeds, **({"folds": list(folds)} if folds else {})}
     write_json(folder / "comparison.json", {**about_runs, **record, "conditions": conditions[0], "rows": rows})
@@ -117,7 +122,7 @@ def percent(value: float | None, spread: float | None, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict], orders: Sequence[str]) -> str:
     """The table; what was not measured of a row is a dash."""
     columns = {
         "gmacs": (1, ".4g"),
@@ -130,13 +135,14 @@ def markdown(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         cells = [percent(row["top1"], row["top1_std"]), percent(row["over_first"], row["over_first_interval"], "+")]
+        cells += [percent(row[order], row[f"{order}_std"]) for order in orders]
         for name, (unit, form) in columns.items():
             cells.append("-" if row.get(name) is None else f"{row[name] / unit:{form}}")
         lines.append([row["method"], *cells])
-    return markdown_table(HEADS, lines)
+    return markdown_table([*HEADS[:3], *(f"{order} %" for order in orders), *HEADS[3:]], lines)
 
 
-def notes(conditions: list[dict], seeds: list[int], about: str, folds: int) -> str:
+def notes(conditions: list[dict], seeds: list[int], about: str, folds: int, orders: Sequence[str]) -> str:
     first = conditions[0]
     of_seeds, by = f"mean ± standard deviation of seeds {' '.join(map(str, seeds))}", "seed by seed"
     if folds:
@@ -144,12 +150,15 @@ def notes(conditions: list[dict], seeds: list[int], about: str, folds: int) -> s
         spread = of_seeds if several else f"± standard deviation of the folds, seed {seeds[0]}"
         of_seeds = f"the videos of all {folds} folds together, {spread}"
         by = "seed by seed and fold by fold" if several else "fold by fold"
+    names = ", ".join(f"{order} %" for order in orders).capitalize()
+    order_note = f"{names}: top-1 of the same models, the frames of each test clip in that order.\n" if orders else ""
     sizes = sorted({c["batch_size"] for c in conditions})
     memory = "all that was allocated" if first["device"].startswith("cuda") else "what it takes beyond the loaded model"
     return (
         f"{about}.\n"
         f"Top-1 after the last epoch: {of_seeds}.\n"
         f"Over the first method: the mean difference, {by}, ± half of its 95% interval (Student's t).\n"
+        f"{order_note}"
         "GMACs: multiply-adds of one clip; norms, activations and softmax are not counted.\n"
         f"Speed: medians, the methods in turns, on random clips in batches of {' or '.join(map(str, sizes))}, on "
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}.\n"

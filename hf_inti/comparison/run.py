@@ -33,6 +33,7 @@ from ..measure.records import conditions, provenance
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
 from ..training.cli import flags_of, parse_recipe
+from ..training.evaluation import FRAME_ORDERS
 from ..training.run_info import FREE_SETTINGS, describe_run, first_change, settings_of
 from ..training.setup import build_model
 from .baselines import fit_baselines
@@ -80,6 +81,9 @@ class ComparisonArguments:
     )
     num_clips: int = field(default=1, metadata={"help": "Clips of each video that the table's accuracies count."})
     num_crops: int = field(default=1, metadata={"help": "Crops of each of these clips: 1 (centre) or 3."})
+    frame_orders: list[str] | None = field(
+        default=None, metadata={"help": "Also top-1 of the same models on frames in these orders: reversed, shuffled."}
+    )
     jobs: int = field(default=1, metadata={"help": "Runs at a time; they share the processor's cores equally."})
     measure_batch_size: int | None = field(
         default=None, metadata={"help": "Clips in a batch when speed and memory are measured; default: the recipe's."}
@@ -103,6 +107,9 @@ class ComparisonArguments:
             raise ValueError(f"seeds must be different whole numbers, at least one, got {self.seeds}.")
         if self.num_crops not in (1, 3):
             raise ValueError(f"num_crops must be 1 or 3, got {self.num_crops}.")
+        self.frame_orders = self.frame_orders or []
+        if not set(self.frame_orders) <= set(FRAME_ORDERS[1:]):
+            raise ValueError(f"frame_orders must be among {', '.join(FRAME_ORDERS[1:])}, got {self.frame_orders}.")
         for name in ("jobs", "num_clips", "measure_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -111,6 +118,10 @@ class ComparisonArguments:
         self.train_script = self.train_script or str(ROOT / "scripts" / "train.py")
         if not Path(self.train_script).is_file():
             raise ValueError(f"there is no {self.train_script}; give scripts/train.py of the repository.")
+
+    @property
+    def views(self) -> dict[str, int]:
+        return {"num_clips": self.num_clips, "num_crops": self.num_crops}
 
 
 class Run(NamedTuple):
@@ -131,10 +142,11 @@ class Run(NamedTuple):
     def part(self) -> str:
         return f"seed {self.seed}" if self.fold is None else f"fold {self.fold.name}, seed {self.seed}"
 
-    def result(self, several_views: bool) -> dict:
-        """The last evaluation of a finished run, of one view, or that of several."""
+    def result(self, several_views: bool, orders: list[str]) -> dict:
+        """The last evaluation of a finished run, of one view, or that of several; by their names those in `orders`."""
         record = read_json(self.record)
         found = record["views"] if several_views else record["evaluations"][-1]
+        found = {**found, **{order: record["orders"][order] for order in orders}}
         return found if self.fold is None else {**found, "eval_num_videos": len(self.fold.test)}
 
 
@@ -336,14 +348,16 @@ def main(arguments: list[str]) -> int:
         for fold in folds:
             fold.write()
         train_all(runs, args)
-        if several_views:
+        if orders := ["original"] * several_views + args.frame_orders:
             evaluate = Path(args.train_script).with_name("evaluate.py")
-            evaluate_views(runs, evaluate, args.num_clips, args.num_crops, args.jobs, torch.get_num_threads())
+            evaluate_views(runs, evaluate, args.views, orders, args.jobs, torch.get_num_threads())
         measurements = measure_all(runs, args)
     except KeyboardInterrupt:
         print("Stopped; run the same command to continue.", file=sys.stderr)
         return 130
-    results = {name: [run.result(several_views) for run in runs if run.method == name] for name in args.methods}
+    results = {name: [] for name in args.methods}
+    for run in runs:
+        results[run.method].append(run.result(several_views, args.frame_orders))
     if args.baselines:
         results |= baselines_of(runs, args)
     views = f"{args.num_clips} clips x {args.num_crops} crops" if several_views else "one view"
@@ -353,7 +367,8 @@ def main(arguments: list[str]) -> int:
         where = f"trained and evaluated on {folds[0].source}, {len(folds)} folds by `{args.group}`,"
     about = f"{args.recipe}, {training.epochs} epochs, {where} in {views}"
     names = [fold.name for fold in folds]
-    print(write_report(results, measurements, args.seeds, about, Path(args.output_dir), names))
+    folder = Path(args.output_dir)
+    print(write_report(results, measurements, args.seeds, about, folder, names, args.frame_orders))
     return 0
 
 
@@ -364,7 +379,7 @@ def baselines_of(runs: list[Run], args: ComparisonArguments) -> dict[str, list[d
         if run.seed == args.seeds[0]:
             folder = Path(args.records_dir, *([] if run.fold is None else [f"fold_{run.fold.name}"]))
             videos = None if run.fold is None else run.fold.described
-            found = fit_baselines(*run.parsed[:2], folder, args.num_clips, args.num_crops, videos)
+            found = fit_baselines(*run.parsed[:2], folder, args.views, args.frame_orders, videos)
             for name, result in found.items():
                 results.setdefault(name, []).append(result)
     return results
