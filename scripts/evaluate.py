@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py outputs/k400/best --data_dir k400/val.csv --num_clips 4 --num_crops 3
     python scripts/evaluate.py outputs/naive/best --data_dir k400/val.csv --compression tome
+    python scripts/evaluate.py outputs/inti/best --data_dir ssv2/val.csv --frame_order shuffled
     python scripts/evaluate.py --host torchvision/swin3d_b --data_dir k400/val.csv --compression sta --num_clips 4
 
 Prints top-1, top-5 and mean class accuracy; writes results.json, predictions.csv, predictions.parquet (one row per
@@ -22,7 +23,13 @@ from hf_inti.data.layouts import LAYOUTS
 from hf_inti.hub.metadata import fingerprint
 from hf_inti.training.checkpoints import CompressionOverride, load_classifier
 from hf_inti.training.cli import parse_arguments, run_script
-from hf_inti.training.evaluation import EvalTransform, end_processes, evaluate_loader, evaluation_loader
+from hf_inti.training.evaluation import (
+    FRAME_ORDERS,
+    EvalTransform,
+    end_processes,
+    evaluate_loader,
+    evaluation_loader,
+)
 from hf_inti.training.hosts import is_published, split_host
 from hf_inti.training.metrics import video_scores
 from hf_inti.training.run_info import describe_run
@@ -44,7 +51,9 @@ class EvaluationArguments:
     )
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "Where to write; default: evaluation/, or evaluation_COMPRESSION/, in the model's folder."},
+        metadata={
+            "help": "Where to write; default: evaluation/ in the model's folder, or evaluation_COMPRESSION/, _ORDER/."
+        },
     )
     layout: str = field(default="auto", metadata={"help": f"Layout: auto, or one of {', '.join(LAYOUTS)}."})
     split: str = field(default="test", metadata={"help": "Which split, where the dataset has splits."})
@@ -64,6 +73,9 @@ class EvaluationArguments:
     )
     num_clips: int = field(default=1, metadata={"help": "Clips of each video."})
     num_crops: int = field(default=1, metadata={"help": "Crops of each clip: 1 (centre) or 3."})
+    frame_order: str = field(
+        default="original", metadata={"help": f"Of the sampled frames: {', '.join(FRAME_ORDERS)} (each video its own)."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Videos in each batch of each process."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode, for each evaluating process."})
     mixed_precision: str = field(default="no", metadata={"help": "Numbers to compute with: bf16, fp16, no (float32)."})
@@ -101,7 +113,8 @@ def main() -> None:
             allow_outside_root=args.allow_outside_root,
         )
         dataset = align_labels(dataset, names)
-    clips = VideoClips(dataset, EvalTransform(processor, args.num_clips, args.num_crops), on_bad_video="keep")
+    transform = EvalTransform(processor, args.num_clips, args.num_crops, args.frame_order)
+    clips = VideoClips(dataset, transform, on_bad_video="keep")
     loader = evaluation_loader(clips, accelerator, args.batch_size, args.num_workers)
     metrics, result, bad = evaluate_loader(accelerator.prepare_model(model, evaluation_mode=True), loader, accelerator)
     if accelerator.is_main_process:
@@ -113,7 +126,8 @@ def report(args, model_fingerprint, processor, names, dataset, metrics, result, 
     """Write and print what `evaluate_loader` found."""
     parent = Path(args.model) if Path(args.model).is_dir() else Path()
     # Not where the results of the model as it was trained are.
-    name = "evaluation" if args.compression is None else f"evaluation_{args.compression}"
+    order = None if args.frame_order == "original" else args.frame_order
+    name = "_".join(filter(None, ["evaluation", args.compression, order]))
     output_dir = Path(args.output_dir or parent / name)
     output_dir.mkdir(parents=True, exist_ok=True)
     views = result["logits"].shape[1]

@@ -449,6 +449,10 @@ def test_results_of_something_else(trained, results, tmp_path):
         "protocol of .*results.json must be ",
         {**metadata, "protocol": {"frames": 4, "crops": 3, "clips": 4}},
     )
+    shuffled = {
+        "EvaluationArguments": {**results.original["arguments"]["EvaluationArguments"], "frame_order": "shuffled"}
+    }
+    refused(results(arguments=shuffled), "frame_order of .* must be 'original'")
     refused(results(top1=0.999), "the figures in .* must be consistent")
     refused(results(top5=1.5), "must be consistent")
     refused(results(num_videos=7), "must be consistent")

@@ -32,10 +32,11 @@ from hf_inti.measure import jobs as comparison_processes
 from hf_inti.measure.costs import count_costs
 from hf_inti.measure.jobs import Job, read_json, run_jobs
 from hf_inti.training.arguments import DataArguments
-from hf_inti.training.cli import parse_arguments
+from hf_inti.training.cli import parse_arguments, parse_recipe
 
 
 ROOT = Path(__file__).parents[1]
+COMPARISONS = [ROOT / "scripts/recipes/compare_demo.yaml", *sorted(ROOT.glob("scripts/recipes/study_*.yaml"))]
 SCRIPT = "import sys; from hf_inti.training.cli import run_script; from hf_inti.comparison.run import main; "
 SCRIPT += "run_script(lambda: main(sys.argv[1:]))"
 DONE = ("records/*/seed_*.json", "records/*/measurement_*.json")
@@ -328,6 +329,17 @@ def test_views_find_the_videos_that_training_evaluates_on(tmp_path):
     script = runpy.run_path(ROOT / "scripts" / "evaluate.py")
     read = parse_arguments(script["EvaluationArguments"], ["model"], "", ["m", *flags])
     assert {name: getattr(read, name) for name in found} == found
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=[path.stem for path in COMPARISONS])
+def test_recipes_of_comparisons_fit(path):
+    """Each method's settings, on the tower that these recipes train."""
+    args = parse_recipe([comparison.ComparisonArguments], [str(path)])[0]
+    tower = CLIPVisionConfig(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=24, patch_size=12)
+    for settings in args.methods.values():
+        command = [*comparison.command_of(args, [], settings), "--output_dir=out"]
+        model = parse_recipe(comparison.TRAINING_CLASSES, command)[0]
+        InTIClipVisionConfig.from_clip(tower, **model.config_options())
 
 
 def test_hosts_are_refused_before_anything_is_trained(folder):

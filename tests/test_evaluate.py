@@ -1,5 +1,6 @@
 """Evaluating a trained model under another compression, and a VideoMAE."""
 
+import csv
 import json
 import runpy
 import shutil
@@ -22,8 +23,11 @@ from transformers import (
 
 from conftest import TINY, write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
+from hf_inti.data.clips import VideoClips
+from hf_inti.data.datasets import load_video_dataset
 from hf_inti.hosts import compress
 from hf_inti.training.checkpoints import CompressionOverride, load_classifier
+from hf_inti.training.evaluation import EvalTransform
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -249,6 +253,57 @@ def test_weights_by_name_are_torchvisions(folder, monkeypatch):
             load_classifier(folder / name, host_weights="DEFAULT")
     with pytest.raises(AssertionError, match="host_weights must be left out without a host, got 'DEFAULT'"):
         evaluate(monkeypatch, folder / "none", "--data_dir", folder / "videos", "--host_weights", "DEFAULT")
+
+
+def test_orders_of_frames(folder):
+    """All views of a video in one order; shuffled, each video in its own, and always in that."""
+    processor = InTIClipVideoProcessor.from_pretrained(folder / "none")
+    dataset = load_video_dataset(folder / "videos")
+
+    def clips(order, num_clips=2, num_crops=3):
+        return VideoClips(dataset, EvalTransform(processor, num_clips, num_crops, order), on_bad_video="keep")
+
+    plain = [item["pixel_values"] for item in clips("original")]
+    assert plain[0].shape[:2] == (6, 8) and not torch.equal(plain[0][:, 0], plain[0][:, 1])
+    for before, item in zip(plain, clips("reversed"), strict=True):
+        assert torch.equal(item["pixel_values"], before.flip(1))
+    orders = []
+    for before, item in zip(plain, clips("shuffled"), strict=True):
+        same = (item["pixel_values"][:, :, None] == before[:, None]).flatten(3).all(3)  # V x T x T
+        assert (same == same[0]).all() and (same[0].sum(0) == 1).all() and (same[0].sum(1) == 1).all()
+        orders.append(same[0].long().argmax(1).tolist())
+    assert len(set(map(tuple, orders))) == 4 and list(range(8)) not in orders
+    again = clips("shuffled", 1, 1)
+    for i in (3, 0, 3):
+        assert torch.equal(again[i]["pixel_values"][0], clips("original", 1, 1)[i]["pixel_values"][0, orders[i]])
+    with pytest.raises(ValueError, match="frame_order must be one of original, reversed, shuffled, got 'backwards'"):
+        EvalTransform(processor, frame_order="backwards")
+
+
+def test_the_script_on_reversed_frames(folder, tmp_path, monkeypatch):
+    """Not where the results of the frames in their order are."""
+    torch.manual_seed(0)
+    config = InTIClipVisionConfig(**TINY, num_frames=8, compression="conv_pooling", **labels())
+    model = InTIClipForVideoClassification(config).eval()
+    with torch.no_grad():  # so that order tells
+        for parameter in [*model.vision_model.compression.parameters(), model.classifier.weight]:
+            parameter.normal_(std=0.3)
+    shutil.copytree(folder / "none", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    for more in ([], ["--frame_order", "reversed"]):
+        evaluate(monkeypatch, tmp_path / "model", "--data_dir", folder / "videos", *more)
+    assert {path.parent.name for path in tmp_path.glob("model/*/results.json")} == {"evaluation", "evaluation_reversed"}
+    processor = InTIClipVideoProcessor.from_pretrained(folder / "none")
+    scores = {}
+    for name in ("evaluation", "evaluation_reversed"):
+        rows = csv.DictReader((tmp_path / "model" / name / "predictions.csv").read_text().splitlines())
+        scores[name] = [float(row["score"]) for row in rows]
+    clips = [processor(str(video), return_tensors="pt")["pixel_values"] for video in sorted(folder.rglob("*.mp4"))]
+    plain = [logits(model, clip).softmax(-1).max().item() for clip in clips]
+    turned = [logits(model, clip.flip(1)).softmax(-1).max().item() for clip in clips]
+    assert scores["evaluation"] == pytest.approx(plain, abs=1e-5)
+    assert scores["evaluation_reversed"] == pytest.approx(turned, abs=1e-5)
+    assert all(abs(a - b) > 1e-4 for a, b in zip(plain, turned, strict=True))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ frames resized and normalised, in their order. They are fitted on one view of ea
 on the sum of the scores of its views.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,26 +48,43 @@ def frame_features(pixel_values: torch.Tensor, tower: CLIPVisionModel) -> torch.
 
 
 def fit_baselines(
-    model: ModelArguments, data: DataArguments, folder: Path, num_clips: int = 1, num_crops: int = 1
+    model: ModelArguments,
+    data: DataArguments,
+    folder: Path,
+    views: dict,
+    orders: Sequence[str] = (),
+    videos: dict | None = None,
 ) -> dict[str, dict]:
     """The last evaluation of each baseline, by its name; kept in `folder`/baselines.json, and read from there.
 
-    `model` names the tower and the number of frames. Broken videos are left out of the training and wrong in the
-    evaluation.
+    `model` names the tower and the number of frames; `views` are num_clips and num_crops, `orders` other orders of
+    the test's frames; `videos` describes those of a fold, without which what is kept does not count. Broken videos are
+    left out of the training and wrong in the evaluation.
     """
-    path, views = folder / "baselines.json", {"num_clips": num_clips, "num_crops": num_crops}
+    path = folder / "baselines.json"
     kept = read_json(path) or {}
-    if kept.get("views", {"num_clips": 1, "num_crops": 1}) != views or "top1" not in kept:
+    other = kept.get("views", {"num_clips": 1, "num_crops": 1}) != views or kept.get("videos") != videos
+    if other or "top1" not in kept or not set(orders) <= kept.get("orders", {}).keys():
         train_set, eval_set = load_datasets(data, Accelerator())
         config = build_model(model, label_names_of(train_set)).config
         processor = build_processor(model.checkpoint, config, data)
         tower = CLIPVisionModel.from_pretrained(model.model).eval()
-        train = read_views(train_set, EvalTransform(processor), tower)
-        test = read_views(eval_set, EvalTransform(processor, **views), tower)
-        top1 = {name: ridge_accuracy(name, train, test) for name in BASELINES}
+        train, top1 = read_views(train_set, EvalTransform(processor), tower), {}
+        for order in ("original", *orders):
+            test = read_views(eval_set, EvalTransform(processor, **views, frame_order=order), tower)
+            top1[order] = {name: ridge_accuracy(name, train, test) for name in BASELINES}
+        kept = {"top1": top1.pop("original"), "num_videos": len(eval_set), "views": views}
+        kept |= ({"orders": top1} if top1 else {}) | ({} if videos is None else {"videos": videos})
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"top1": top1, "num_videos": len(test["labels"]), "views": views, **provenance()})
-    return {name: {"eval_top1": top1} for name, top1 in read_json(path)["top1"].items()}
+        write_json(path, {**kept, **provenance()})
+    return {
+        name: {
+            "eval_top1": kept["top1"][name],
+            "eval_num_videos": kept["num_videos"],
+            **{order: kept["orders"][order][name] for order in orders},
+        }
+        for name in BASELINES
+    }
 
 
 def read_views(dataset: Dataset, transform: EvalTransform, tower: CLIPVisionModel) -> dict[str, torch.Tensor]:

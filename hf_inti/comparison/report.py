@@ -1,8 +1,9 @@
 """The comparison of methods as a table (Markdown and CSV) and as a picture of accuracy against multiply-adds."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 
 from scipy.stats import t
 
@@ -25,51 +26,93 @@ HEADS = [
 
 
 def write_report(
-    results: dict[str, list[dict]], measurements: dict[str, dict], seeds: list[int], about: str, folder: Path
+    results: dict[str, list[dict]],
+    measurements: dict[str, dict],
+    seeds: list[int],
+    about: str,
+    folder: Path,
+    folds: Sequence[str] = (),
+    orders: Sequence[str] = (),
 ) -> str:
     """Write comparison.json, .csv, .md and .png into `folder`.
 
     Args:
-        results: of each method the last evaluation of each seed, with `eval_top1` in [0, 1]; the others are compared
-            with the first, seed by seed. A baseline has one evaluation, and no measurements.
+        results: of each method the last evaluation of each run, with `eval_top1` in [0, 1], by seed and in each seed by
+            fold; the others are compared with the first, run by run. A baseline has no seeds, and no measurements.
         measurements: of each method what `measure` returns.
         seeds: in the order of `results`.
         about: what was trained on what, for the line below the table.
+        folds: their names, in the order of `results`; evaluations then need `eval_num_videos`.
+        orders: of frames in the test, by whose names evaluations have further accuracies.
 
     Returns the text of comparison.md.
     """
     folder.mkdir(parents=True, exist_ok=True)  # no run made it if all were done elsewhere
     rows, first = [], None
-    for method, of_seeds in results.items():
-        top1 = [result["eval_top1"] for result in of_seeds]
+    for method, of_runs in results.items():
         numbers = {name: value for name, value in measurements.get(method, {}).items() if name != "conditions"}
-        spread = stdev(top1) if len(top1) > 1 else None  # one seed has no spread
+        row = {"method": method, **accuracies(of_runs, len(seeds), len(folds))}
+        top1 = row["top1_of_folds" if folds else "top1_of_seeds"]
+        videos = [found["eval_num_videos"] for found in of_runs] if folds else None
         first = first or top1
-        row = {"method": method, "top1": mean(top1), "top1_std": spread, "top1_of_seeds": top1}
-        rows.append({**row, **paired_difference(top1, first), **numbers})
+        for order in orders:
+            found = accuracies([{**run, "eval_top1": run[order]} for run in of_runs], len(seeds), len(folds))
+            row |= {order: found["top1"], f"{order}_std": found["top1_std"]}
+        rows.append({**row, **paired_difference(top1, first, videos), **numbers})
     with (folder / "comparison.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows({**row, "top1_of_seeds": " ".join(map(str, row["top1_of_seeds"]))} for row in rows)
+        lists = [{name: value for name, value in row.items() if isinstance(value, list)} for row in rows]
+        joined = [{name: " ".join(map(str, values)) for name, values in found.items()} for found in lists]
+        writer.writerows({**row, **found} for row, found in zip(rows, joined, strict=True))
     conditions, record = [m["conditions"] for m in measurements.values()], provenance()
-    text = f"{markdown(rows)}\n{notes(conditions, seeds, about)}\n{source_line(record)}\n"
+    text = f"{markdown(rows, orders)}\n{notes(conditions, seeds, about, len(folds), orders)}\n{source_line(record)}\n"
     (folder / "comparison.md").write_text(text)
-    result = {"about": about, "seeds": seeds, **record, "conditions": conditions[0], "rows": rows}
-    write_json(folder / "comparison.json", result)
+    about_runs = {"about": about, "seeds": seeds, **({"folds": list(folds)} if folds else {})}
+    write_json(folder / "comparison.json", {**about_runs, **record, "conditions": conditions[0], "rows": rows})
     accuracy_picture(rows, folder / "comparison.png")
     return text
 
 
-def paired_difference(top1: list[float], first: list[float]) -> dict[str, float | None]:
-    """The mean of `top1` less `first`, seed by seed, and half of its 95% interval by Student's t.
+def accuracies(of_runs: list[dict], seeds: int, folds: int) -> dict:
+    """The accuracies of a row: of a seed, that of the videos of all folds together.
 
-    Both are None for the first method itself, and for a baseline, which has no seeds.
+    The spread is that of the seeds; with one seed that of the folds, if there are any.
+    """
+    size = max(1, folds)
+    of_seeds = [pooled(of_runs[i : i + size]) for i in range(0, len(of_runs), size)]
+    of_folds = [found["eval_top1"] for found in of_runs]
+    spread_over = of_folds if folds and seeds == 1 else of_seeds
+    spread = stdev(spread_over) if len(spread_over) > 1 else None  # one has no spread
+    row = {"top1": mean(of_seeds), "top1_std": spread, "top1_of_seeds": of_seeds}
+    return row | ({"top1_of_folds": of_folds} if folds else {})
+
+
+def pooled(evaluations: list[dict]) -> float:
+    """The accuracy on the videos of all evaluations together."""
+    if len(evaluations) == 1:
+        return evaluations[0]["eval_top1"]
+    return fmean([found["eval_top1"] for found in evaluations], [found["eval_num_videos"] for found in evaluations])
+
+
+def paired_difference(
+    top1: list[float], first: list[float], videos: list[int] | None = None
+) -> dict[str, float | None]:
+    """The mean of `top1` less `first`, run by run, and half of its 95% interval by Student's t.
+
+    Runs count by their `videos`, so that the mean is the difference of the accuracies on all of them; its variance is
+    that of a ratio, which for runs of one size is the usual one. Both are None for the first method itself, and for a
+    baseline that lacks the runs' seeds.
     """
     if top1 is first or len(top1) != len(first) or len(first) < 2:
         return {"over_first": None, "over_first_interval": None}
+    count = len(first)
+    videos = videos or [1] * count
     differences = [a - b for a, b in zip(top1, first, strict=True)]
-    interval = t.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
-    return {"over_first": mean(differences), "over_first_interval": float(interval)}
+    over = fmean(differences, videos)
+    squares = sum((n / sum(videos) * (each - over)) ** 2 for n, each in zip(videos, differences, strict=True))
+    interval = t.ppf(0.975, count - 1) * (squares * count / (count - 1)) ** 0.5
+    return {"over_first": over, "over_first_interval": float(interval)}
 
 
 def percent(value: float | None, spread: float | None, sign: str = "") -> str:
@@ -79,7 +122,7 @@ def percent(value: float | None, spread: float | None, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict], orders: Sequence[str]) -> str:
     """The table; what was not measured of a row is a dash."""
     columns = {
         "gmacs": (1, ".4g"),
@@ -92,20 +135,30 @@ def markdown(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         cells = [percent(row["top1"], row["top1_std"]), percent(row["over_first"], row["over_first_interval"], "+")]
+        cells += [percent(row[order], row[f"{order}_std"]) for order in orders]
         for name, (unit, form) in columns.items():
             cells.append("-" if row.get(name) is None else f"{row[name] / unit:{form}}")
         lines.append([row["method"], *cells])
-    return markdown_table(HEADS, lines)
+    return markdown_table([*HEADS[:3], *(f"{order} %" for order in orders), *HEADS[3:]], lines)
 
 
-def notes(conditions: list[dict], seeds: list[int], about: str) -> str:
+def notes(conditions: list[dict], seeds: list[int], about: str, folds: int, orders: Sequence[str]) -> str:
     first = conditions[0]
+    of_seeds, by = f"mean ± standard deviation of seeds {' '.join(map(str, seeds))}", "seed by seed"
+    if folds:
+        several = len(seeds) > 1
+        spread = of_seeds if several else f"± standard deviation of the folds, seed {seeds[0]}"
+        of_seeds = f"the videos of all {folds} folds together, {spread}"
+        by = "seed by seed and fold by fold" if several else "fold by fold"
+    names = ", ".join(f"{order} %" for order in orders).capitalize()
+    order_note = f"{names}: top-1 of the same models, the frames of each test clip in that order.\n" if orders else ""
     sizes = sorted({c["batch_size"] for c in conditions})
     memory = "all that was allocated" if first["device"].startswith("cuda") else "what it takes beyond the loaded model"
     return (
         f"{about}.\n"
-        f"Top-1 after the last epoch: mean ± standard deviation of seeds {' '.join(map(str, seeds))}.\n"
-        "Over the first method: the mean difference, seed by seed, ± half of its 95% interval (Student's t).\n"
+        f"Top-1 after the last epoch: {of_seeds}.\n"
+        f"Over the first method: the mean difference, {by}, ± half of its 95% interval (Student's t).\n"
+        f"{order_note}"
         "GMACs: multiply-adds of one clip; norms, activations and softmax are not counted.\n"
         f"Speed: medians, the methods in turns, on random clips in batches of {' or '.join(map(str, sizes))}, on "
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}.\n"

@@ -8,6 +8,11 @@ output_dir gets comparison.md, .csv, .json and .png, and for every method the ru
 records_dir gets a record of every finished run (METHOD/seed_0.json: settings, accuracy by epoch and in all views,
 seconds, command, commit, machine) and the measurements. Runs whose record exists are not repeated, so that a long
 comparison can be committed and continued elsewhere.
+
+    python scripts/compare.py methods --config COMPARISON.yaml --train_dir videos --group '^([FM][0-9]+)_'
+
+cross-validates: each group, such as a speaker, is tested by models trained on all others (METHOD/fold_F01/seed_0), or
+together with the others of its fold where folds are given. Accuracies are those of all tested videos together.
 """
 
 import hashlib
@@ -15,6 +20,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -27,9 +33,11 @@ from ..measure.records import conditions, provenance
 from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
 from ..training.cli import flags_of, parse_recipe
+from ..training.evaluation import FRAME_ORDERS
 from ..training.run_info import FREE_SETTINGS, describe_run, first_change, settings_of
 from ..training.setup import build_model
 from .baselines import fit_baselines
+from .folds import Fold, check_folds, split_by_group
 from .report import write_report
 from .views import evaluate_views
 
@@ -37,6 +45,7 @@ from .views import evaluate_views
 TRAINING_CLASSES = [ModelArguments, DataArguments, TrainingArguments]
 DECIDED = ("seed", "output_dir", "resume")  # of train.py's settings, by the comparison
 OPEN = {f.name for c in TRAINING_CLASSES for f in fields(c)} - {*DECIDED}
+PLACES = ("train_dir", "eval_dir", "layout", "train_split", "video_root", "allow_outside_root")
 ROUNDS = 3  # of measurements
 
 
@@ -56,11 +65,25 @@ class ComparisonArguments:
         default=None, metadata={"help": "Settings of train.py for all runs, instead of the recipe's (JSON here)."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Each method is trained with each."})
+    group: str | None = field(
+        default=None,
+        metadata={
+            "help": "Cross-validate: the expression whose first parenthesis, in a video's file name, is its group; "
+            "each is tested by models trained on the others. The recipe's eval_dir then counts for nothing."
+        },
+    )
+    folds: list[str] | None = field(
+        default=None,
+        metadata={"help": "Groups that are tested together: a list for each fold, as '[F01, F02]' '[M01, M02]'."},
+    )
     baselines: bool = field(
         default=False, metadata={"help": "Also ridge regression on pixels and on the tower's frame features."}
     )
     num_clips: int = field(default=1, metadata={"help": "Clips of each video that the table's accuracies count."})
     num_crops: int = field(default=1, metadata={"help": "Crops of each of these clips: 1 (centre) or 3."})
+    frame_orders: list[str] | None = field(
+        default=None, metadata={"help": "Also top-1 of the same models on frames in these orders: reversed, shuffled."}
+    )
     jobs: int = field(default=1, metadata={"help": "Runs at a time; they share the processor's cores equally."})
     measure_batch_size: int | None = field(
         default=None, metadata={"help": "Clips in a batch when speed and memory are measured; default: the recipe's."}
@@ -84,19 +107,28 @@ class ComparisonArguments:
             raise ValueError(f"seeds must be different whole numbers, at least one, got {self.seeds}.")
         if self.num_crops not in (1, 3):
             raise ValueError(f"num_crops must be 1 or 3, got {self.num_crops}.")
+        self.frame_orders = self.frame_orders or []
+        if not set(self.frame_orders) <= set(FRAME_ORDERS[1:]):
+            raise ValueError(f"frame_orders must be among {', '.join(FRAME_ORDERS[1:])}, got {self.frame_orders}.")
         for name in ("jobs", "num_clips", "measure_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.folds = check_folds(self.group, self.folds)
         self.records_dir = self.records_dir or f"{self.output_dir}/records"
         self.train_script = self.train_script or str(ROOT / "scripts" / "train.py")
         if not Path(self.train_script).is_file():
             raise ValueError(f"there is no {self.train_script}; give scripts/train.py of the repository.")
+
+    @property
+    def views(self) -> dict[str, int]:
+        return {"num_clips": self.num_clips, "num_crops": self.num_crops}
 
 
 class Run(NamedTuple):
     """One training: `command` are the arguments of train.py, `parsed` what it makes of them."""
 
     method: str
+    fold: Fold | None
     seed: int
     folder: Path
     record: Path
@@ -104,12 +136,18 @@ class Run(NamedTuple):
     parsed: tuple[ModelArguments, DataArguments, TrainingArguments]
 
     def __str__(self):
-        return f"{self.method}, seed {self.seed}"
+        return f"{self.method}, {self.part}"
 
-    def result(self, several_views: bool) -> dict:
-        """The last evaluation of a finished run, of one view, or that of several."""
+    @property
+    def part(self) -> str:
+        return f"seed {self.seed}" if self.fold is None else f"fold {self.fold.name}, seed {self.seed}"
+
+    def result(self, several_views: bool, orders: list[str]) -> dict:
+        """The last evaluation of a finished run, of one view, or that of several; by their names those in `orders`."""
         record = read_json(self.record)
-        return record["views"] if several_views else record["evaluations"][-1]
+        found = record["views"] if several_views else record["evaluations"][-1]
+        found = {**found, **{order: record["orders"][order] for order in orders}}
+        return found if self.fold is None else {**found, "eval_num_videos": len(self.fold.test)}
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -123,30 +161,54 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, passed
 
 
+def plan_folds(args: ComparisonArguments, passed: list[str]) -> list[Fold | None]:
+    """The folds, or None alone where there is no cross-validation. Raises ValueError for what does not fit."""
+    if args.group is None:
+        return [None]
+    flags = {flag[2:].partition("=")[0].replace("-", "_") for flag in passed if flag.startswith("--")}
+    if "eval_dir" in flags | (args.overrides or {}).keys():
+        raise ValueError("eval_dir must be left out with group, which takes the videos to test from train_dir.")
+    for name, settings in args.methods.items():
+        if own := [place for place in PLACES if place in settings]:
+            raise ValueError(f"{name}: {own[0]} must be the same for all methods with group; give it as a flag.")
+    method, settings = next(iter(args.methods.items()))
+    command = [*command_of(args, passed, settings), f"--output_dir={args.output_dir}"]
+    try:
+        data = parse_recipe(TRAINING_CLASSES, command)[1]
+    except ValueError as error:
+        raise ValueError(f"{method}: {error}") from None
+    return split_by_group(data, args.group, args.folds, Path(args.output_dir) / "folds")
+
+
+def command_of(args: ComparisonArguments, passed: list[str], settings: dict) -> list[str]:
+    return [args.recipe, *flags_of(args.overrides or {}), *passed, *flags_of(settings)]
+
+
 def plan_runs(args: ComparisonArguments, passed: list[str]) -> list[Run]:
     """All runs, the first seed of every method first: a first table, and every mistake, come early.
 
     Raises ValueError, with the method's name and train.py's own message, for settings that do not fit.
     """
-    runs = []
-    for seed in args.seeds:
-        for name, settings in args.methods.items():
-            folder = Path(args.output_dir) / name / f"seed_{seed}"
-            record = Path(args.records_dir) / name / f"seed_{seed}.json"
-            command = [args.recipe, *flags_of(args.overrides or {}), *passed, *flags_of(settings)]
-            command += [f"--seed={seed}", f"--output_dir={folder}", "--resume"]
-            try:
-                run = Run(name, seed, folder, record, command, parse_recipe(TRAINING_CLASSES, command))
-                if run.parsed[0].host is not None:
-                    raise ValueError("host must be left out here: hosts are compared by `compare.py hosts`.")
-                if run.parsed[1].eval_dir is None:
-                    raise ValueError("there is nothing to compare by: give eval_dir.")
-                check_settings(run)
-                if seed == args.seeds[0] and not (folder / "run.json").exists() and not record.exists():
-                    build_model(run.parsed[0], ["a", "b"])  # what does not fit shows here, not after hours
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            runs.append(run)
+    runs, folds = [], plan_folds(args, passed)
+    for seed, fold, (name, settings) in product(args.seeds, folds, args.methods.items()):
+        place = Path(name) if fold is None else Path(name, f"fold_{fold.name}")
+        folder = Path(args.output_dir, place, f"seed_{seed}")
+        record = Path(args.records_dir, place, f"seed_{seed}.json")
+        command = [*command_of(args, passed, settings), *flags_of(fold.settings if fold else {})]
+        command += [f"--seed={seed}", f"--output_dir={folder}", "--resume"]
+        try:
+            run = Run(name, fold, seed, folder, record, command, parse_recipe(TRAINING_CLASSES, command))
+            if run.parsed[0].host is not None:
+                raise ValueError("host must be left out here: hosts are compared by `compare.py hosts`.")
+            if run.parsed[1].eval_dir is None:
+                raise ValueError("there is nothing to compare by: give eval_dir.")
+            check_settings(run)
+            first = seed == args.seeds[0] and fold is folds[0]
+            if first and not (folder / "run.json").exists() and not record.exists():
+                build_model(run.parsed[0], ["a", "b"])  # what does not fit shows here, not after hours
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        runs.append(run)
     return runs
 
 
@@ -165,7 +227,7 @@ def check_settings(run: Run) -> None:
     if changed is not None:
         name, old, new = changed
         raise ValueError(
-            f"{name} must be {old!r} as seed {run.seed} was trained with, got {new!r}; give that, remove {where}, or "
+            f"{name} must be {old!r} as {run.part} was trained with, got {new!r}; give that, remove {where}, or "
             "compare in another output_dir or records_dir."
         )
 
@@ -173,6 +235,7 @@ def check_settings(run: Run) -> None:
 def settings_for_record(run: Run) -> dict:
     """The settings that decide a run's result; folders, which differ between machines, by their contents."""
     settings = settings_of({str(i): asdict(part) for i, part in enumerate(run.parsed)})
+    settings |= run.fold.described if run.fold else {}
     for name in ("model", "train_dir", "eval_dir", "video_root"):
         if settings[name] is not None and Path(settings[name]).exists():
             settings[name] = describe_folder(Path(settings[name]), contents=name == "model")
@@ -195,6 +258,7 @@ def write_record(run: Run, seconds: float) -> dict:
     losses = {line["epoch"]: line["loss"] for line in lines if "loss" in line}  # the last of each epoch
     record = {
         "method": run.method,
+        **({} if run.fold is None else {"fold": run.fold.groups}),
         "seed": run.seed,
         "settings": settings_for_record(run),
         "evaluations": evaluations,
@@ -224,12 +288,12 @@ def train_all(runs: list[Run], args: ComparisonArguments) -> None:
 
 
 def measure_all(runs: list[Run], args: ComparisonArguments) -> dict[str, dict]:
-    """Measure the models of the first seed, one process after the other: measurements by method.
+    """Measure the models of the first seed (and fold), one process after the other: measurements by method.
 
     The methods take turns, so that a machine that is slow for a while is not slow for one of them: of every number
     the median of the rounds counts.
     """
-    first = [run for run in runs if run.seed == args.seeds[0]]
+    first = runs[: len(args.methods)]
     threads = torch.get_num_threads()
     jobs = []
     for i in range(ROUNDS):
@@ -280,20 +344,42 @@ def main(arguments: list[str]) -> int:
     disable_progress_bar()  # of loading weights, beside ours
     try:
         runs = plan_runs(args, passed)
+        folds = list({run.fold.name: run.fold for run in runs if run.fold}.values())
+        for fold in folds:
+            fold.write()
         train_all(runs, args)
-        if several_views:
+        if orders := ["original"] * several_views + args.frame_orders:
             evaluate = Path(args.train_script).with_name("evaluate.py")
-            evaluate_views(runs, evaluate, args.num_clips, args.num_crops, args.jobs, torch.get_num_threads())
+            evaluate_views(runs, evaluate, args.views, orders, args.jobs, torch.get_num_threads())
         measurements = measure_all(runs, args)
     except KeyboardInterrupt:
         print("Stopped; run the same command to continue.", file=sys.stderr)
         return 130
-    results = {name: [run.result(several_views) for run in runs if run.method == name] for name in args.methods}
-    model, data, training = runs[0].parsed
+    results = {name: [] for name in args.methods}
+    for run in runs:
+        results[run.method].append(run.result(several_views, args.frame_orders))
     if args.baselines:
-        found = fit_baselines(model, data, Path(args.records_dir), args.num_clips, args.num_crops)
-        results |= {name: [result] for name, result in found.items()}
+        results |= baselines_of(runs, args)
     views = f"{args.num_clips} clips x {args.num_crops} crops" if several_views else "one view"
-    about = f"{args.recipe}, {training.epochs} epochs, trained on {data.train_dir}, evaluated on {data.eval_dir}"
-    print(write_report(results, measurements, args.seeds, f"{about} in {views}", Path(args.output_dir)))
+    _, data, training = runs[0].parsed
+    where = f"trained on {data.train_dir}, evaluated on {data.eval_dir}"
+    if folds:
+        where = f"trained and evaluated on {folds[0].source}, {len(folds)} folds by `{args.group}`,"
+    about = f"{args.recipe}, {training.epochs} epochs, {where} in {views}"
+    names = [fold.name for fold in folds]
+    folder = Path(args.output_dir)
+    print(write_report(results, measurements, args.seeds, about, folder, names, args.frame_orders))
     return 0
+
+
+def baselines_of(runs: list[Run], args: ComparisonArguments) -> dict[str, list[dict]]:
+    """Of each baseline the evaluation of each fold, or one; as the first method's runs read the videos."""
+    results: dict[str, list[dict]] = {}
+    for run in runs[:: len(args.methods)]:
+        if run.seed == args.seeds[0]:
+            folder = Path(args.records_dir, *([] if run.fold is None else [f"fold_{run.fold.name}"]))
+            videos = None if run.fold is None else run.fold.described
+            found = fit_baselines(*run.parsed[:2], folder, args.views, args.frame_orders, videos)
+            for name, result in found.items():
+                results.setdefault(name, []).append(result)
+    return results

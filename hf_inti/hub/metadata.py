@@ -235,7 +235,8 @@ def _is_local_inti_clip(model: str) -> bool:
 def read_results(path: str | Path, metadata: dict, model_dir: str | Path) -> dict:
     """Read a results.json of scripts/evaluate.py and check that it belongs to the model; adds `views` ("16x3x4").
 
-    Raises ValueError if it is another file, if weights, labels or views differ, or if its figures are inconsistent.
+    Raises ValueError if it is another file, if weights, labels or views differ, if frames were not in their order, or
+    if its figures are inconsistent.
     """
     results = _read_json(path, RESULTS, "scripts/evaluate.py")
     model = InTIClipForVideoClassification.from_pretrained(model_dir)
@@ -246,6 +247,8 @@ def read_results(path: str | Path, metadata: dict, model_dir: str | Path) -> dic
         )
     if metadata["protocol"] is not None:
         _check_equal("protocol", results["protocol"], metadata["protocol"], str(path), "the metadata")
+    order = results["arguments"].get("EvaluationArguments", {}).get("frame_order", "original")
+    _check_equal("frame_order", order, "original", str(path), "a card")
     counts, num_videos = torch.tensor(results["confusion_matrix"]), results["num_videos"]
     top1, mean = results["top1"], sum(results["per_class"].values()) / len(results["per_class"])
     consistent = (

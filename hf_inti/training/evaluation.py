@@ -16,19 +16,37 @@ from .interruption import ignore_signals
 from .metrics import VideoAccuracy
 
 
+FRAME_ORDERS = ("original", "reversed", "shuffled")
 AHEAD = 8  # views that each worker may decode before they are needed; one is 10 MB in the usual shape
 
 
 class EvalTransform:
-    """All test views of a video: (video, generator) -> pixel_values (V, T, 3, H, W), clip-major."""
+    """All test views of a video: (video, generator) -> pixel_values (V, T, 3, H, W), clip-major.
 
-    def __init__(self, processor: InTIClipVideoProcessor, num_clips: int = 1, num_crops: int = 1):
+    `frame_order`, one of FRAME_ORDERS, is that of the sampled frames, the same in all views. "shuffled" draws it from
+    the generator, which VideoClips seeds for each video. Raises ValueError for another.
+    """
+
+    def __init__(
+        self,
+        processor: InTIClipVideoProcessor,
+        num_clips: int = 1,
+        num_crops: int = 1,
+        frame_order: str = "original",
+    ):
+        if frame_order not in FRAME_ORDERS:
+            raise ValueError(f"frame_order must be one of {', '.join(FRAME_ORDERS)}, got {frame_order!r}.")
         self.processor, self.options = processor, {"num_clips": num_clips, "num_crops": num_crops}
-        self.single = num_clips * num_crops == 1
+        self.single, self.frame_order = num_clips * num_crops == 1, frame_order
 
     def __call__(self, video, generator: torch.Generator | None = None) -> dict:
         pixel_values = self.processor(video, return_tensors="pt", **self.options)["pixel_values"][0]
-        return {"pixel_values": pixel_values[None] if self.single else pixel_values}
+        pixel_values = pixel_values[None] if self.single else pixel_values
+        if self.frame_order == "reversed":
+            pixel_values = pixel_values.flip(1)
+        elif self.frame_order == "shuffled":
+            pixel_values = pixel_values[:, torch.randperm(pixel_values.shape[1], generator=generator)]
+        return {"pixel_values": pixel_values}
 
     def blank(self) -> dict:
         """Zeros of that shape, in place of a broken video."""
