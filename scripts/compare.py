@@ -3,10 +3,11 @@
     python scripts/compare.py costs
     python scripts/compare.py methods --help
     python scripts/compare.py hosts --help
+    python scripts/compare.py weights --help
 
 `costs` prints multiply-adds and parameters of the papers' models beside the published figures, counted on the meta
-device: 16 frames of 224 x 224, one clip, under a minute. `methods` hands what follows to hf_inti.comparison.run,
-`hosts` to hf_inti.comparison.hosts.
+device: 16 frames of 224 x 224, one clip, under a minute. The others hand what follows to hf_inti.comparison: `methods`
+to run, `hosts` and `weights` to the modules of these names.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -136,6 +137,7 @@ def main() -> int:
     of_costs.add_argument("--output_dir", help="Folder for costs.md and costs.json, such as results.")
     commands.add_parser("methods", help="Train, evaluate and measure methods.", add_help=False)
     commands.add_parser("hosts", help="Train other video models, and evaluate them compressed.", add_help=False)
+    commands.add_parser("weights", help="Say what the weights of trained InTI models follow.", add_help=False)
     args, rest = parser.parse_known_args()
     if args.command == "hosts":
         from hf_inti.comparison.hosts import main as hosts
@@ -145,6 +147,10 @@ def main() -> int:
         from hf_inti.comparison.run import main as methods  # which needs much that costs does not
 
         return methods(rest)
+    if args.command == "weights":
+        from hf_inti.comparison.weights import main as weights
+
+        return weights(rest)
     if rest:
         of_costs.error(f"costs takes --output_dir alone, got {' '.join(rest)}.")
     costs(args.output_dir)
