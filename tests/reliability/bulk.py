@@ -77,8 +77,8 @@ def kill(process: subprocess.Popen, folder: Path, while_starting: bool, usual_st
             if time.monotonic() - begin > PATIENCE:
                 raise TimeoutError((folder / "log.txt").read_text())
             time.sleep(random.uniform(0, 0.05))
-    others = psutil.Process(process.pid).children(recursive=True)
-    ended = process.poll() is not None
+    ended = process.poll() is not None  # before it could be killed
+    others = [] if ended else psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
     psutil.wait_procs(others, 120)
