@@ -65,7 +65,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen, folder: Path, while_starting: bool, usual_start: float) -> dict:
-    """Kill the script at a random moment. Returns what was there before it and after it, in videos."""
+    """Kill the script at a random moment, `waited` seconds from its start; `before` and `after` are in videos."""
     begin, before = time.monotonic(), len(rows(folder))
     if while_starting:
         wait = random.uniform(0, usual_start)
@@ -77,14 +77,13 @@ def kill(process: subprocess.Popen, folder: Path, while_starting: bool, usual_st
             if time.monotonic() - begin > PATIENCE:
                 raise TimeoutError((folder / "log.txt").read_text())
             time.sleep(random.uniform(0, 0.05))
-    ended = process.poll() is not None  # before it could be killed
+    ended, waited = process.poll() is not None, time.monotonic() - begin
     others = [] if ended else psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
     psutil.wait_procs(others, 120)
     left = [p.pid for p in others if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    seconds = time.monotonic() - begin
-    return {"seconds": seconds, "before": before, "after": len(rows(folder)), "ended": ended, "left": len(left)}
+    return {"waited": waited, "before": before, "after": len(rows(folder)), "ended": ended, "left": len(left)}
 
 
 def main() -> None:
@@ -99,13 +98,14 @@ def main() -> None:
         folder = Path(scratch)
         prepare(folder)
         names, kept = [], []
-        for n in range(args.kills):
-            names = add_videos(folder, n)
-            kills.append(kill(start(folder), folder, n % 2 == 1, usual_start))
+        while (killed := sum(not each["ended"] for each in kills)) < args.kills:  # some end before they are killed
+            names = add_videos(folder, len(kills))
+            while_starting = len(kills) % 2 == 1
+            kills.append(kill(start(folder), folder, while_starting, usual_start))
             now = rows(folder)
             kills[-1] |= {"twice": len(now) - len(set(now)), "lost": len(set(kept) - set(now))}
-            kept, usual_start = now, max(usual_start, kills[-1]["seconds"] if n % 2 == 0 else 0)
-            print(f"kill {n + 1} of {args.kills}: {kills[-1]}", flush=True)
+            kept, usual_start = now, usual_start if while_starting else kills[-1]["waited"]
+            print(f"{killed} of {args.kills} killed before: {kills[-1]}", flush=True)
         status, now = start(folder).wait(PATIENCE), rows(folder)
         end = {"status": status, "videos": len(names), "rows": len(now), "missing": len(set(names) - set(now))}
         end["twice"] = len(now) - len(set(now))
