@@ -2,7 +2,7 @@
 # make test       run all tests
 # make check      lint and the fast tests, before a commit
 # make benchmark  measure speed and memory, check the targets: an hour on 2 cores
-# make survive    kill, break and split training runs, compare their ends: a quarter of an hour
+# make survive    kill, break and split training runs, compare their ends: three quarters of an hour
 # make fuzz       decode 100,000 broken videos: hours, resumable
 # make mutants    change hf_inti/model/ line by line, expect a test to fail: hours, resumable
 # make clean      remove what these made
@@ -83,6 +83,7 @@ survive: .venv/installed
 	$(RUN) tests/reliability/fsdp.py --output $(RELIABILITY)/fsdp.json
 	$(RUN) tests/reliability/steady.py --output $(RELIABILITY)/steady.json
 	$(RUN) tests/reliability/lengths.py --output $(RELIABILITY)/lengths.json
+	$(RUN) tests/reliability/bulk.py --kills 20 --output $(RELIABILITY)/bulk.json
 	$(RUN) tests/reliability/report.py
 
 fuzz: .venv/installed

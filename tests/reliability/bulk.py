@@ -1,6 +1,6 @@
 """Kill scripts/bulk.py at random moments, start it again with more videos each time, and look for each of them.
 
-    python tests/reliability/bulk.py --kills 20 --output results/bulk/kills.json
+    python tests/reliability/bulk.py --kills 20 --output results/reliability/bulk.json
 
 A kill is a SIGKILL of the script: half of them while it starts, half while shards are written. After each the shards
 must hold no video twice and all that they held before; a run to the end must then make them complete.
@@ -89,7 +89,7 @@ def kill(process: subprocess.Popen, folder: Path, while_starting: bool, usual_st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="How many.")
-    parser.add_argument("--output", type=Path, default=Path("results/bulk/kills.json"), help="The record.")
+    parser.add_argument("--output", type=Path, default=Path("results/reliability/bulk.json"), help="The record.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
     args = parser.parse_args()
     random.seed(args.seed)

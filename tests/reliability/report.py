@@ -67,6 +67,13 @@ def lengths(found: dict) -> tuple[str, str, str, str]:
     return "nothing: long videos", times, f"{', '.join(str(row['mib']) for row in rows)} MiB for 16 frames", "0"
 
 
+def bulk(found: dict) -> tuple[str, str, str, str]:
+    killed = [run for run in found["kills"] if not run["ended"]]
+    bad = sum(run["twice"] + run["lost"] for run in found["kills"]) + found["end"]["twice"] + found["end"]["missing"]
+    outcome = f"the next run did the rest: all {found['end']['videos']} videos there, none twice; no process left"
+    return "SIGKILL of `scripts/bulk.py`, while it starts or writes shards", str(len(killed)), outcome, str(bad)
+
+
 def fuzz(found: dict) -> tuple[str, str, str, str]:
     bad = found["hung"] + found["crashed"] + found["failed"]
     outcome = f"{found['decoded']:,} read, {found['refused'] + found['too_large']:,} refused, {bad} else; at most "
@@ -74,7 +81,7 @@ def fuzz(found: dict) -> tuple[str, str, str, str]:
     return f"videos: {found['files']} files, mutated", f"{found['cases']:,}", outcome, str(bad)
 
 
-ROWS = (kills, faults, processes, fsdp, steady, lengths, fuzz)
+ROWS = (kills, faults, processes, fsdp, steady, lengths, bulk, fuzz)
 
 
 def main() -> None:
