@@ -24,6 +24,7 @@ from ..measure.jobs import write_json
 from ..measure.records import provenance, source_line
 from ..measure.tables import markdown_table
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
+from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from ..training.checkpoints import load_classifier
 from ..training.cli import parse_arguments
 from ..training.evaluation import EvalTransform
@@ -74,7 +75,9 @@ def main(arguments: list[str]) -> int:
 
 
 @torch.inference_mode()
-def observe(model: InTIClipForVideoClassification, processor, args: WeightsArguments):
+def observe(
+    model: InTIClipForVideoClassification, processor: InTIClipVideoProcessor, args: WeightsArguments
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], int]:
     """`change` (M,) and the weights (M, 2) of the M pairs of patches of each stage, and how many videos had them."""
     place = {"layout": args.layout, "split": args.split, "video_root": args.video_root}
     clips = VideoClips(load_video_dataset(args.data_dir, **place), EvalTransform(processor), on_bad_video="keep")

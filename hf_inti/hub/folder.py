@@ -280,7 +280,7 @@ def public_run(run: dict) -> tuple[dict, list[str]]:
 
 
 def draw_example(path: Path, num_frames: int = 32, size: int = 160) -> None:
-    """Write a short H.264 clip, the same on every call: a disc crosses a still scene from left to right."""
+    """Write a short H.264 clip, to the eye the same on every call: a disc crosses a still scene from left to right."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size] / size
     scene = np.stack([60 + 50 * y, 70 + 40 * x, 90 + 30 * y], axis=-1) + rng.normal(0, 2, (size, size, 1))
