@@ -35,6 +35,9 @@ class Arguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "Reached after a tenth of the steps."})
     image_size: int = field(default=32, metadata={"help": "Pixels of a side."})
     patch_size: int = field(default=8, metadata={"help": "Pixels of a side; divides image_size."})
+    hidden_size: int = field(default=96, metadata={"help": "Width; the MLP is four times as wide."})
+    num_layers: int = field(default=4, metadata={"help": "Blocks."})
+    num_heads: int = field(default=4, metadata={"help": "Heads of the attention; divides hidden_size."})
 
 
 def render_dataset(seed, split, num_scenes, size):
@@ -50,15 +53,18 @@ def render_dataset(seed, split, num_scenes, size):
 
 
 def main(arguments):
-    if arguments.image_size % arguments.patch_size:
-        raise SystemExit(f"patch_size must divide image_size ({arguments.image_size}), got {arguments.patch_size}.")
+    for part, whole in (("patch_size", "image_size"), ("num_heads", "hidden_size")):
+        if getattr(arguments, whole) % getattr(arguments, part):
+            raise SystemExit(
+                f"{part} must divide {whole} ({getattr(arguments, whole)}), got {getattr(arguments, part)}."
+            )
     accelerator = Accelerator()
     set_seed(arguments.seed)
     config = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=4 * arguments.hidden_size,
+        num_hidden_layers=arguments.num_layers,
+        num_attention_heads=arguments.num_heads,
         image_size=arguments.image_size,
         patch_size=arguments.patch_size,
         hidden_act="quick_gelu",

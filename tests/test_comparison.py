@@ -335,7 +335,9 @@ def test_views_find_the_videos_that_training_evaluates_on(tmp_path):
 def test_recipes_of_comparisons_fit(path):
     """Each method's settings, on the tower that these recipes train."""
     args = parse_recipe([comparison.ComparisonArguments], [str(path)])[0]
-    tower = CLIPVisionConfig(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=24, patch_size=12)
+    depth = 12 if path.stem == "study_large" else 4
+    sizes = {"hidden_size": 96, "num_attention_heads": 4, "image_size": 24, "patch_size": 12}
+    tower = CLIPVisionConfig(**sizes, num_hidden_layers=depth)
     for settings in args.methods.values():
         command = [*comparison.command_of(args, [], settings), "--output_dir=out"]
         model = parse_recipe(comparison.TRAINING_CLASSES, command)[0]
