@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from test_handler import module, repository  # noqa: F401 (fixtures)
+from test_scripts import data, lines_of, python, tower  # noqa: F401 (fixtures)
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, pipeline
 
 from conftest import write_video
@@ -12,8 +14,6 @@ from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.hosts import compress
 from hf_inti.model.adaptation import ADAPTATIONS
 from hf_inti.model.compression import COMPRESSIONS
-from test_handler import module, repository  # noqa: F401 (fixtures)
-from test_scripts import data, lines_of, python, tower  # noqa: F401 (fixtures)
 
 
 pytestmark = [
