@@ -2,6 +2,7 @@
 # make test       run all tests
 # make check      lint and the fast tests, before a commit
 # make benchmark  measure speed and memory, check the targets: an hour on 2 cores
+# make benchmark-gpu  the same of models on a GPU: five minutes on an H100
 # make survive    kill, break and split training runs, compare their ends: three quarters of an hour
 # make fuzz       decode 100,000 broken videos: hours, resumable
 # make mutants    change hf_inti/model/ line by line, expect a test to fail: hours, resumable
@@ -21,7 +22,7 @@ RECORD ?= demo/demo.json
 PIP = .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 RUN = .venv/bin/python
 
-.PHONY: demo test benchmark survive fuzz mutants check lint clean
+.PHONY: demo test benchmark benchmark-gpu survive fuzz mutants check lint clean
 
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -73,6 +74,15 @@ benchmark: .venv/installed
 	$(BENCHMARK) bulk scripts/benchmarks/bulk.yaml
 	$(BENCHMARK) export scripts/benchmarks/export.yaml $(OUT)/export
 	$(BENCHMARK) growth scripts/benchmarks/growth.yaml $(OUT)/growth
+
+GPU = --precision bf16 $(OUT)/gpu_
+benchmark-gpu: .venv/installed
+	$(PAIR)b16.yaml --optimize true --batch_size 16 $(GPU)naive_b16
+	$(PAIR)l14.yaml --optimize true --batch_size 8 $(GPU)naive_l14
+	$(BENCHMARK) models scripts/benchmarks/training_b16.yaml --batch_size 16 $(GPU)training_b16
+	$(PAIR)l14.yaml --mode training --memory true --batch_size 8 $(GPU)training_l14
+	$(BENCHMARK) models scripts/benchmarks/peers.yaml --batch_size 8 $(GPU)peers
+	$(HOSTS) $(BENCHMARK) models scripts/benchmarks/hosts.yaml --batch_size 8 $(GPU)hosts
 
 RELIABILITY = results/reliability
 
