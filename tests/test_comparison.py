@@ -25,7 +25,7 @@ from conftest import write_video
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.comparison import run as comparison
 from hf_inti.comparison.baselines import frame_features, grey_pixels, ridge_accuracy
-from hf_inti.comparison.report import HEADS, paired_difference, percent, write_report
+from hf_inti.comparison.report import paired_difference, percent, write_report
 from hf_inti.comparison.run import main
 from hf_inti.comparison.views import places_of
 from hf_inti.measure import jobs as comparison_processes
@@ -40,6 +40,8 @@ COMPARISONS = [ROOT / "scripts/recipes/compare_demo.yaml", *sorted(ROOT.glob("sc
 SCRIPT = "import sys; from hf_inti.training.cli import run_script; from hf_inti.comparison.run import main; "
 SCRIPT += "run_script(lambda: main(sys.argv[1:]))"
 DONE = ("records/*/seed_*.json", "records/*/measurement_*.json")
+HEADS = ["method", "top-1 %", "over the first", "GMACs", "M params", "M trained", "forward clips/s"]
+HEADS += ["training clips/s", "peak memory MB"]
 RUNS = [(method, seed) for seed in (0, 1) for method in ("Naive", "InTI")]
 
 
@@ -64,6 +66,7 @@ def folder(tmp_path_factory):
         "methods": {"Naive": {"compression": "none"}, "InTI": {"compression_options": {"context": ["cube"]}}},
         "seeds": [0, 1],
         "jobs": 2,
+        "measure_rounds": 2,
     }
     (folder / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder
@@ -108,7 +111,6 @@ def compared(folder):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(comparison, "ROUNDS", 2)
         patch.setattr(torch, "get_num_threads", lambda: 1)
         sleep = time.sleep
 
@@ -214,10 +216,9 @@ class TestCompared:
             )
             (tmp_path / "records" / method).mkdir(parents=True, exist_ok=True)
             shutil.copy(out / "records" / method / f"seed_{seed}.json", tmp_path / "records" / method)
-        monkeypatch.setattr(comparison, "ROUNDS", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         places = ("--output_dir", str(tmp_path / "runs"), "--records_dir", str(tmp_path / "records"))
-        assert main(arguments(folder, *places, "--baselines", "true")) == 0
+        assert main(arguments(folder, *places, "--baselines", "true", "--measure_rounds", "1")) == 0
         assert not list(tmp_path.rglob("seed_*/log.txt")) and list(tmp_path.glob("records/*/measurement_0.json"))
         tables = [read_json(path / "comparison.json")["rows"] for path in (out, tmp_path / "runs")]
         assert [row["method"] for row in tables[1][2:]] == ["Ridge, pixels", "Ridge, frame features"]
@@ -232,10 +233,14 @@ class TestCompared:
     def test_several_views_count_in_the_table(self, compared, folder, tmp_path, monkeypatch):
         out, runs = compared[0], tmp_path / "runs"
         shutil.copytree(out, runs)
-        monkeypatch.setattr(comparison, "ROUNDS", 1)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         again = arguments(folder, "--output_dir", str(runs), "--num_clips", "2", "--num_crops", "3")
-        assert main(again) == 0
+        assert main([*again, "--measure_rounds", "0"]) == 0
+        text, row = (runs / "comparison.md").read_text(), read_json(runs / "comparison.json")["rows"][1]
+        assert "clips/s" not in text and "Speed:" not in text and "| M trained |" in text
+        measured = read_json(out / "comparison.json")["rows"][1]
+        counted = ("gmacs", "parameters", "trained_parameters")
+        assert "forward_clips_per_second" in measured.keys() - row.keys()
+        assert [row[name] for name in counted] == [measured[name] for name in counted]
         for method, seed in RUNS:
             model = InTIClipForVideoClassification.from_pretrained(runs / method / f"seed_{seed}" / "last").eval()
             processor = InTIClipVideoProcessor.from_pretrained(runs / method / f"seed_{seed}" / "last")

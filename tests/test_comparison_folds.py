@@ -287,10 +287,9 @@ def test_folds_are_trained_scored_and_gone_on_with(folder, monkeypatch):
     """By train.py and evaluate.py; baselines too. Two folds of unequal size, one method."""
     lay_out(folder / "videos", lambda path: write_video(path, frames=6, seed=sum(map(ord, str(path)))))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(comparison, "ROUNDS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     flags = ["--methods", '{"Naive": {"compression": "none"}}', "--folds", "[F01, M01]", "[M02]", "--num_clips", "2"]
-    flags += ["--frame_orders", "reversed"]
+    flags += ["--frame_orders", "reversed", "--measure_rounds", "1"]
     assert main(arguments(folder, *flags, "--baselines", "true")) == 0
     records = folder / "out" / "records"
     found = [read_json(records / "Naive" / f"fold_{name}" / "seed_0.json") for name in ("F01+M01", "M02")]

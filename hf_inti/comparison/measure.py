@@ -25,10 +25,19 @@ REPETITIONS = (5, 40)  # at least, and at most
 SECONDS = 10.0  # after which no more are begun, beyond the least
 
 
+def counts_of(model: InTIClipForVideoClassification) -> dict:
+    """What does not depend on the machine: `gmacs` of one clip, `parameters` and `trained_parameters`."""
+    return {
+        "gmacs": count_costs(model.config)["total"].gmacs,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
 def measure(folder: Path, batch_size: int) -> dict:
     """Measure a model that train.py saved, on random clips of its shape, in the recipe's precision.
 
-    Returns `conditions`, `gmacs` of one clip, `parameters` and `trained_parameters`, medians of
+    Returns `conditions`, what `counts_of` returns, medians of
     `forward_clips_per_second` (evaluation, no gradients) and `training_clips_per_second` (forward, backward and the
     optimiser's step), and `peak_memory_bytes` of training: on CUDA all that was allocated, on a CPU what the process
     took more than it had with the model loaded (None where the system does not tell).
@@ -41,11 +50,7 @@ def measure(folder: Path, batch_size: int) -> dict:
     if arguments["ModelArguments"]["activation_checkpointing"]:
         model.activation_checkpointing_enable()
     config = model.config
-    counts = {
-        "gmacs": count_costs(config)["total"].gmacs,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    counts = counts_of(model)
     torch.manual_seed(0)
     clips = torch.randn(batch_size, config.num_frames, config.num_channels, config.image_size, config.image_size)
     labels = torch.randint(config.num_labels, (batch_size,))

@@ -12,19 +12,6 @@ from ..measure.records import provenance, source_line
 from ..measure.tables import markdown_table
 
 
-HEADS = [
-    "method",
-    "top-1 %",
-    "over the first",
-    "GMACs",
-    "M params",
-    "M trained",
-    "forward clips/s",
-    "training clips/s",
-    "peak memory MB",
-]
-
-
 def write_report(
     results: dict[str, list[dict]],
     measurements: dict[str, dict],
@@ -39,7 +26,7 @@ def write_report(
     Args:
         results: of each method the last evaluation of each run, with `eval_top1` in [0, 1], by seed and in each seed by
             fold; the others are compared with the first, run by run. A baseline has no seeds, and no measurements.
-        measurements: of each method what `measure` returns.
+        measurements: of each method what `measure` or `counts_of` returns.
         seeds: in the order of `results`.
         about: what was trained on what, for the line below the table.
         folds: their names, in the order of `results`; evaluations then need `eval_num_videos`.
@@ -65,11 +52,12 @@ def write_report(
         lists = [{name: value for name, value in row.items() if isinstance(value, list)} for row in rows]
         joined = [{name: " ".join(map(str, values)) for name, values in found.items()} for found in lists]
         writer.writerows({**row, **found} for row, found in zip(rows, joined, strict=True))
-    conditions, record = [m["conditions"] for m in measurements.values()], provenance()
+    conditions = [m["conditions"] for m in measurements.values() if "conditions" in m]
+    record = provenance()
     text = f"{markdown(rows, orders)}\n{notes(conditions, seeds, about, len(folds), orders)}\n{source_line(record)}\n"
     (folder / "comparison.md").write_text(text)
-    about_runs = {"about": about, "seeds": seeds, **({"folds": list(folds)} if folds else {})}
-    write_json(folder / "comparison.json", {**about_runs, **record, "conditions": conditions[0], "rows": rows})
+    record |= {"about": about, "seeds": seeds, "conditions": conditions[0] if conditions else None, "rows": rows}
+    write_json(folder / "comparison.json", record | ({"folds": list(folds)} if folds else {}))
     accuracy_picture(rows, folder / "comparison.png")
     return text
 
@@ -125,25 +113,27 @@ def percent(value: float | None, spread: float | None, sign: str = "") -> str:
 def markdown(rows: list[dict], orders: Sequence[str]) -> str:
     """The table; what was not measured of a row is a dash."""
     columns = {
-        "gmacs": (1, ".4g"),
-        "parameters": (1e6, ".3g"),
-        "trained_parameters": (1e6, ".3g"),
-        "forward_clips_per_second": (1, ".4g"),
-        "training_clips_per_second": (1, ".4g"),
-        "peak_memory_bytes": (1e6, ".0f"),
+        "gmacs": ("GMACs", 1, ".4g"),
+        "parameters": ("M params", 1e6, ".3g"),
+        "trained_parameters": ("M trained", 1e6, ".3g"),
+        "forward_clips_per_second": ("forward clips/s", 1, ".4g"),
+        "training_clips_per_second": ("training clips/s", 1, ".4g"),
+        "peak_memory_bytes": ("peak memory MB", 1e6, ".0f"),
     }
     lines = []
+    measured = [name for name in columns if any(row.get(name) is not None for row in rows)]
     for row in rows:
         cells = [percent(row["top1"], row["top1_std"]), percent(row["over_first"], row["over_first_interval"], "+")]
         cells += [percent(row[order], row[f"{order}_std"]) for order in orders]
-        for name, (unit, form) in columns.items():
+        for name in measured:
+            _, unit, form = columns[name]
             cells.append("-" if row.get(name) is None else f"{row[name] / unit:{form}}")
         lines.append([row["method"], *cells])
-    return markdown_table([*HEADS[:3], *(f"{order} %" for order in orders), *HEADS[3:]], lines)
+    heads = ["method", "top-1 %", "over the first", *(f"{order} %" for order in orders)]
+    return markdown_table([*heads, *(columns[name][0] for name in measured)], lines)
 
 
 def notes(conditions: list[dict], seeds: list[int], about: str, folds: int, orders: Sequence[str]) -> str:
-    first = conditions[0]
     of_seeds, by = f"mean ± standard deviation of seeds {' '.join(map(str, seeds))}", "seed by seed"
     if folds:
         several = len(seeds) > 1
@@ -152,14 +142,18 @@ def notes(conditions: list[dict], seeds: list[int], about: str, folds: int, orde
         by = "seed by seed and fold by fold" if several else "fold by fold"
     names = ", ".join(f"{order} %" for order in orders).capitalize()
     order_note = f"{names}: top-1 of the same models, the frames of each test clip in that order.\n" if orders else ""
-    sizes = sorted({c["batch_size"] for c in conditions})
-    memory = "all that was allocated" if first["device"].startswith("cuda") else "what it takes beyond the loaded model"
-    return (
+    text = (
         f"{about}.\n"
         f"Top-1 after the last epoch: {of_seeds}.\n"
         f"Over the first method: the mean difference, {by}, ± half of its 95% interval (Student's t).\n"
         f"{order_note}"
         "GMACs: multiply-adds of one clip; norms, activations and softmax are not counted.\n"
+    )
+    if not conditions:
+        return text
+    first, sizes = conditions[0], sorted({c["batch_size"] for c in conditions})
+    memory = "all that was allocated" if first["device"].startswith("cuda") else "what it takes beyond the loaded model"
+    return text + (
         f"Speed: medians, the methods in turns, on random clips in batches of {' or '.join(map(str, sizes))}, on "
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}.\n"
         f"Training is forward, backward and the optimiser's step; peak memory is that of training, {memory}.\n"

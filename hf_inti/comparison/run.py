@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..measure.jobs import ROOT, Job, read_json, run_jobs, write_json
 from ..measure.records import conditions, provenance
 from ..model.configuration_inti_clip import InTIClipVisionConfig
+from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
 from ..training.cli import flags_of, parse_recipe
 from ..training.evaluation import FRAME_ORDERS
@@ -38,6 +39,7 @@ from ..training.run_info import FREE_SETTINGS, describe_run, first_change, setti
 from ..training.setup import build_model
 from .baselines import fit_baselines
 from .folds import Fold, check_folds, split_by_group
+from .measure import counts_of
 from .report import write_report
 from .views import evaluate_views
 
@@ -46,7 +48,6 @@ TRAINING_CLASSES = [ModelArguments, DataArguments, TrainingArguments]
 DECIDED = ("seed", "output_dir", "resume")  # of train.py's settings, by the comparison
 OPEN = {f.name for c in TRAINING_CLASSES for f in fields(c)} - {*DECIDED}
 PLACES = ("train_dir", "eval_dir", "layout", "train_split", "video_root", "allow_outside_root")
-ROUNDS = 3  # of measurements
 
 
 @dataclass
@@ -85,6 +86,9 @@ class ComparisonArguments:
         default=None, metadata={"help": "Also top-1 of the same models on frames in these orders: reversed, shuffled."}
     )
     jobs: int = field(default=1, metadata={"help": "Runs at a time; they share the processor's cores equally."})
+    measure_rounds: int = field(
+        default=3, metadata={"help": "How often speed and memory are measured, for their medians; 0: not at all."}
+    )
     measure_batch_size: int | None = field(
         default=None, metadata={"help": "Clips in a batch when speed and memory are measured; default: the recipe's."}
     )
@@ -113,6 +117,8 @@ class ComparisonArguments:
         for name in ("jobs", "num_clips", "measure_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.measure_rounds < 0:
+            raise ValueError(f"measure_rounds must be at least 0, got {self.measure_rounds}.")
         self.folds = check_folds(self.group, self.folds)
         self.records_dir = self.records_dir or f"{self.output_dir}/records"
         self.train_script = self.train_script or str(ROOT / "scripts" / "train.py")
@@ -291,12 +297,14 @@ def measure_all(runs: list[Run], args: ComparisonArguments) -> dict[str, dict]:
     """Measure the models of the first seed (and fold), one process after the other: measurements by method.
 
     The methods take turns, so that a machine that is slow for a while is not slow for one of them: of every number
-    the median of the rounds counts.
+    the median of the rounds counts. Without rounds, what can be counted.
     """
     first = runs[: len(args.methods)]
+    if not args.measure_rounds:
+        return {run.method: counts_of(untrained_model(run)) for run in first}
     threads = torch.get_num_threads()
     jobs = []
-    for i in range(ROUNDS):
+    for i in range(args.measure_rounds):
         for run in first:
             batch_size = args.measure_batch_size or run.parsed[2].batch_size
             output = run.record.with_name(f"measurement_{i}.json")
@@ -310,7 +318,7 @@ def measure_all(runs: list[Run], args: ComparisonArguments) -> dict[str, dict]:
     run_jobs(jobs, 1, threads, "Measuring", lambda job, seconds: f"{job.name}: measured")
     measurements = {}
     for run in first:
-        rounds = [read_json(run.record.with_name(f"measurement_{i}.json")) for i in range(ROUNDS)]
+        rounds = [read_json(run.record.with_name(f"measurement_{i}.json")) for i in range(args.measure_rounds)]
         numbers = {name: [found[name] for found in rounds] for name in rounds[0] if name != "conditions"}
         medians = {name: None if None in values else median(values) for name, values in numbers.items()}
         measurements[run.method] = {**medians, "conditions": rounds[0]["conditions"]}
@@ -323,10 +331,13 @@ def model_folder(run: Run) -> Path:
         return run.folder / "last"
     folder = run.folder / "untrained"
     if not (folder / "run.json").exists():
-        labels = [str(i) for i in range(read_json(run.record)["num_labels"])]
-        build_model(run.parsed[0], labels).save_pretrained(folder)
+        untrained_model(run).save_pretrained(folder)
         write_json(folder / "run.json", describe_run(*run.parsed))
     return folder
+
+
+def untrained_model(run: Run) -> InTIClipForVideoClassification:
+    return build_model(run.parsed[0], [str(i) for i in range(read_json(run.record)["num_labels"])])
 
 
 def main(arguments: list[str]) -> int:
