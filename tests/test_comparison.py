@@ -469,7 +469,7 @@ def test_baselines_need_no_second_video_of_a_class():
 
 
 def test_report_of_one_seed_and_unknown_memory(tmp_path):
-    assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "-", "2", "3", "1", "20", "5", "-"]
+    assert report(tmp_path, [0.5], peak_memory_bytes=None) == ["A", "50.0", "-", "2", "3", "1", "20", "5"]
 
 
 def test_report_goes_into_a_new_folder(tmp_path):
