@@ -246,7 +246,8 @@ def count_macs(spec: dict) -> int:
 def runnable(spec: dict, how: RunOptions) -> Callable[[], torch.Tensor]:
     """The model and its input, prepared: what is timed. Returns logits, or in training the loss."""
     device = PartialState().device
-    model = build(spec).to(device)
+    with device:  # a GPU draws the weights in a moment
+        model = build(spec)
     pixel_values = clips(spec, how.batch_size, device)
     ours = isinstance(model, InTIClipForVideoClassification)
     if how.mode == "forward":
