@@ -2,7 +2,7 @@
 # make test       run all tests
 # make check      lint and the fast tests, before a commit
 # make benchmark  measure speed and memory, check the targets: an hour on 2 cores
-# make benchmark-gpu  the same of models on a GPU: five minutes on an H100
+# make benchmark-gpu  the same of models on a GPU: minutes on an H100
 # make survive    kill, break and split training runs, compare their ends: three quarters of an hour
 # make fuzz       decode 100,000 broken videos: hours, resumable
 # make mutants    change hf_inti/model/ line by line, expect a test to fail: hours, resumable
