@@ -1,5 +1,6 @@
 """What models cost, against counts of the authors' code and the papers' tables, and what `compare.py` prints."""
 
+import json
 import runpy
 import sys
 import types
@@ -9,6 +10,7 @@ import pytest
 
 from hf_inti import InTIClipVisionConfig
 from hf_inti.measure.costs import count_costs
+from hf_inti.measure.records import source_line
 from hf_inti.papers.published import REASONS, TABLES
 from hf_inti.papers.published_hosts import HOST_REASONS, HOST_TABLES, HostTable
 
@@ -109,7 +111,16 @@ def test_compression_with_temporal_modules(method, r):
 
 @pytest.fixture(scope="module")
 def script():
-    return types.SimpleNamespace(**runpy.run_path(SCRIPT))
+    """compare.py, which counts each configuration once for all tests."""
+    script, counted = types.SimpleNamespace(**runpy.run_path(SCRIPT)), {}
+
+    def count_once(config):
+        key = config.to_json_string(use_diff=False)
+        counted[key] = counted.get(key) or count_costs(config)
+        return counted[key]
+
+    script.main.__globals__["count_costs"] = count_once
+    return script
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +212,13 @@ def test_methods_hands_on_what_follows(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "costs takes --output_dir alone, got --steps 3" in capsys.readouterr().err
+
+
+def test_costs_are_written(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "costs", "--output_dir", str(tmp_path)])
+    assert script.main() == 0
+    record = json.loads((tmp_path / "costs.json").read_text())
+    assert "InTI-B 5,7 by part" in record["tables"] and len(record["tables"]) > 5
+    assert "compare.py costs" in record["command"]
+    tables, source, _ = (tmp_path / "costs.md").read_text().rpartition(source_line(record))
+    assert source and tables.strip() in capsys.readouterr().out

@@ -5,7 +5,6 @@ import mmap
 import re
 import runpy
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -99,13 +98,3 @@ def test_update_of_tables(tmp_path):
     assert script["updated"](page) == wanted
     with pytest.raises(SystemExit, match="must hold a table whose first head is 'nobody'"):
         script["updated"](page.replace("| name |", "| nobody |"))
-
-
-def test_costs_are_written(tmp_path):
-    script = ROOT / "scripts" / "compare.py"
-    done = subprocess.run([sys.executable, script, "costs", "--output_dir", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "costs.json").read_text())
-    assert "InTI-B 5,7 by part" in record["tables"] and len(record["tables"]) > 5
-    assert "compare.py costs" in record["command"]
-    assert (tmp_path / "costs.md").read_text().rstrip().endswith(source_line(record))
