@@ -310,6 +310,7 @@ def test_failing_run_shows_its_log(folder, tmp_path, capsys):
         (["--seeds", "1", "1"], "seeds must be different"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--num_clips", "0"], "num_clips must be at least 1, got 0"),
+        (["--measure_rounds", "-1"], "measure_rounds must be at least 0, got -1"),
         (["--num_crops", "2"], "num_crops must be 1 or 3, got 2"),
         (["--train_script", "absent.py"], "there is no absent.py; give scripts/train.py"),
         (["--recipe", "absent.yaml"], "must be a recipe (a YAML file), got absent.yaml"),

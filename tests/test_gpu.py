@@ -35,7 +35,7 @@ def exact():
 
 @pytest.fixture
 def make(tiny_config):
-    """A function that makes a model none of whose weights is zero, and float64 clips for it."""
+    """A function that makes a model none of whose weights is zero, and clips for it."""
 
     def build(compression, adaptation, **options):
         settings = {"compression_options": OPTIONS.get(compression, {})} | options
@@ -71,7 +71,7 @@ def test_logits_and_gradients_are_the_cpu_s(compression, adaptation, make, exact
 def test_precisions(compression, adaptation, dtype, tolerance, make, exact):
     model, clips = make(compression, adaptation)
     if dtype != torch.float32 and compression in ("sta", "tome", "stts"):
-        tolerance = 1.0  # of nearly equal tokens others are kept
+        tolerance = 1.0  # other tokens are kept of nearly equal ones: a wrong scale or a NaN still shows
     with torch.no_grad():
         expected = model(clips).logits
         model.to("cuda", dtype)
@@ -113,13 +113,13 @@ def test_a_compressed_host(method, options, exact):
 def train(data, tower, tmp_path):  # noqa: F811
     """A function that trains for three epochs on the GPU, or not, in a process of its own; returns the folder."""
 
-    def train_script(name, *extra, gpu=True, code=0):
+    def train_script(name, *extra, gpu=True):
         folder = tmp_path / name
         flags = f"--model {tower} --num_frames 4 --compression_layers 1 --train_dir {data} --batch_size 4 --resize 32 "
         flags += "--learning_rate 2e-3 --min_lr_ratio 1 --crop center --log_every_steps 1 --epochs 3 "
         flags += f"--eval_dir {data} --output_dir {folder}"
         done = python("scripts/train.py", *flags.split(), *extra, ACCELERATE_USE_CPU=str(not gpu).lower())
-        assert done.returncode == code, done.stderr
+        assert done.returncode == 0, done.stderr
         return folder
 
     return train_script
