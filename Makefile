@@ -56,7 +56,7 @@ test: .venv/installed
 BENCHMARK = $(RUN) scripts/benchmark.py
 PAIR = $(BENCHMARK) models scripts/benchmarks/naive_
 OUT = --output_dir results/benchmarks
-HOSTS = HF_INTI_TORCHVISION=$(CURDIR)/.venv/torchvision PYTHONPATH=tests/torchvision_path
+TORCHVISION = HF_INTI_TORCHVISION=$(CURDIR)/.venv/torchvision PYTHONPATH=tests/torchvision_path $(BENCHMARK)
 
 # Where a dash stands, a missed target does not keep the rest from running: some hosts miss theirs (docs/benchmarks.md).
 benchmark: .venv/installed
@@ -68,8 +68,10 @@ benchmark: .venv/installed
 	$(PAIR)l14.yaml --optimize true --precision bf16 $(OUT)/naive_l14_bf16
 	$(BENCHMARK) models scripts/benchmarks/training_b16.yaml $(OUT)/training_b16
 	$(BENCHMARK) models scripts/benchmarks/peers.yaml $(OUT)/peers
-	-$(HOSTS) $(BENCHMARK) models scripts/benchmarks/hosts.yaml $(OUT)/hosts
-	-$(HOSTS) $(BENCHMARK) models scripts/benchmarks/hosts.yaml --precision bf16 $(OUT)/hosts_bf16
+	-$(BENCHMARK) models scripts/benchmarks/hosts.yaml $(OUT)/hosts
+	-$(BENCHMARK) models scripts/benchmarks/hosts.yaml --precision bf16 $(OUT)/hosts_bf16
+	-$(TORCHVISION) models scripts/benchmarks/hosts_torchvision.yaml $(OUT)/hosts_torchvision
+	-$(TORCHVISION) models scripts/benchmarks/hosts_torchvision.yaml --precision bf16 $(OUT)/hosts_torchvision_bf16
 	$(BENCHMARK) decoding scripts/benchmarks/decoding.yaml $(OUT)/decoding
 	$(BENCHMARK) prediction scripts/benchmarks/prediction.yaml $(OUT)/prediction
 	$(BENCHMARK) bulk scripts/benchmarks/bulk.yaml
@@ -84,7 +86,8 @@ benchmark-gpu: .venv/installed
 	-$(BENCHMARK) models scripts/benchmarks/training_b16.yaml --batch_size 16 $(GPU)training_b16
 	-$(PAIR)l14.yaml --mode training --memory true --batch_size 8 $(GPU)training_l14
 	-$(BENCHMARK) models scripts/benchmarks/peers.yaml --batch_size 8 $(GPU)peers
-	-$(HOSTS) $(BENCHMARK) models scripts/benchmarks/hosts.yaml --batch_size 8 $(GPU)hosts
+	-$(BENCHMARK) models scripts/benchmarks/hosts.yaml --batch_size 8 $(GPU)hosts
+	-$(TORCHVISION) models scripts/benchmarks/hosts_torchvision.yaml --batch_size 8 $(GPU)hosts_torchvision
 
 RELIABILITY = results/reliability
 

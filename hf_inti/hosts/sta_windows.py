@@ -13,7 +13,7 @@ from ..model.compression_sta import cells_for, check_choices, directions, draw_f
 from ..model.methods import is_count
 from .contract import BaseHost, Current, Hook, PreHook
 from .sta import RANDOM, random_tokens
-from .videoswin import WindowTokens, fill, nearest_kept
+from .videoswin import WindowTokens, fill, nearest_kept, tokens_at
 
 
 FACTORS = (1, 1.5 / 4, 2 / 16)  # of r, at the end of the three stages
@@ -75,7 +75,7 @@ class Prune(Hook):
         else:
             draw = self._draw(x, grid, module.training)
             kept = prune(x, feature.flatten(2, 3), self.r, **draw, **self.options).sort(dim=-1).values
-        x = x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1]))
+        x = tokens_at(x.flatten(0, 1), kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
         return WindowTokens(x, kept, nearest_kept(kept, grid))
 
     def _draw(self, x: torch.Tensor, grid: tuple[int, int], training: bool) -> dict:

@@ -40,10 +40,15 @@ def nearest_kept(kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return nearest.permute(1, 2, 0).unflatten(2, grid)
 
 
+def tokens_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x (B, N, C) at `index` (B, M) of its tokens: (B, M, C). Whole rows at a time, several times as fast as `gather`."""
+    first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape)
+
+
 def fill(x: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
     """Tokens (B, T, K, C) -> the whole grid (B, T, H, W, C), dropped places with the nearest kept token."""
-    index = nearest.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, index).unflatten(2, nearest.shape[2:])
+    return tokens_at(x.flatten(0, 1), nearest.flatten(0, 1).flatten(1)).view(*nearest.shape, -1)
 
 
 def partition(x: torch.Tensor, window: list[int]) -> torch.Tensor:
@@ -93,27 +98,33 @@ def window_attention(attention: nn.Module, x: torch.Tensor, tokens: WindowTokens
     if size != grid:  # torchvision pads in front of the projection
         empty = qkv.new_zeros(3 * x.shape[-1]) if attention.qkv.bias is None else attention.qkv.bias
         qkv = torch.cat([qkv, empty.to(qkv.dtype).expand(B, 1, -1)], dim=1)
-    qkv = qkv.gather(1, source[..., None].expand(-1, -1, qkv.shape[-1]))
+    qkv = tokens_at(qkv, source)
     out = attend(attention, qkv.unflatten(1, order.shape), part if any(shift) else None, window)
 
     places = torch.arange(H * W, device=x.device).expand(B, T, -1) if whole else tokens.kept
     frames = torch.arange(T, device=x.device)[:, None]
     padded = (frames * size[1] + places // W) * size[2] + places % W  # (B, T, K): places in the padded grid
     back = order.flatten().argsort()[padded].flatten(1)
-    out = out.flatten(1, 2).gather(1, back[..., None].expand(-1, -1, out.shape[-1])).reshape(x.shape)
+    out = tokens_at(out.flatten(1, 2), back).reshape(x.shape)
     return nn.functional.dropout(attention.proj(out), attention.dropout, attention.training)
 
 
 def attend(attention: nn.Module, qkv: torch.Tensor, part: torch.Tensor | None, window: list[int]) -> torch.Tensor:
     """Queries, keys and values side by side (B, windows, V, 3 C) -> (B, windows, V, C), before the projection."""
-    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, windows, heads, V, V)
-    logits = logits + attention.get_relative_position_bias(window)
-    if part is not None:
+    B, windows = qkv.shape[:2]
+    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, windows, heads, V, d)
+    mask = attention.get_relative_position_bias(window)  # (1, heads, V, V)
+    if part is None:
+        joined = (0, 1)  # windows with clips, which all have this mask
+    else:
         apart = part[:, None, :, None] != part[:, None, None, :]
-        logits = logits + torch.where(apart, OUTSIDE, 0.0).to(logits.dtype)
-    shares = nn.functional.dropout(logits.softmax(dim=-1), attention.attention_dropout, attention.training)
-    return (shares @ v).transpose(2, 3).flatten(3)
+        mask = (mask + torch.where(apart, OUTSIDE, 0.0).to(mask.dtype)).flatten(0, 1)[None]
+        joined = (1, 2)  # windows with heads
+    q, k, v = (x.flatten(*joined) for x in (q, k, v))
+    dropout = attention.attention_dropout if attention.training else 0.0
+    out = nn.functional.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout)
+    out = out.unflatten(joined[0], (B, windows) if part is None else (windows, -1))
+    return out.transpose(2, 3).flatten(3)
 
 
 class Enter(PreHook):
