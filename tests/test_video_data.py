@@ -4,11 +4,14 @@ import io
 import json
 import os
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import av
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -190,6 +193,53 @@ def test_lists_stay_in_their_root(name, tmp_path):
         assert len(load_video_dataset(tmp_path / "lists" / source, allow_outside_root=True))
     if name.startswith("/"):
         assert len(load_video_dataset(tmp_path / "lists" / "list.jsonl", video_root=tmp_path)) == 1
+
+
+def test_lists_name_files_and_no_urls(tmp_path):
+    """What opens URLs takes "a::b" apart and reads a, wherever it lies, so the whole need not lead out of the root."""
+    touch(tmp_path / "lists" / "1.mp4")
+    (tmp_path / "lists" / "list.csv").write_text(f"1.mp4,yoga\n/etc/secret.mp4::x://../..{tmp_path}/lists/a.mp4,yoga\n")
+    for allow in (False, True):
+        with pytest.raises(ValueError, match="listed videos must be "):
+            load_video_dataset(tmp_path / "lists" / "list.csv", allow_outside_root=allow)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [
+        ("{}/hub/1.mp4", True),
+        ("hf://datasets/me/mine@main/1.mp4", True),
+        ("zip://1.mp4::hf://datasets/me/mine@main/all.zip", True),
+        ("zip://1.mp4::{}/hub/all.zip", True),
+        ("{}/secret.mp4", False),
+        ("http://169.254.169.254/1.mp4", False),
+        ("zip://1.mp4::{}/secret.zip", False),
+        ("{}/secret.mp4::hf://datasets/me/mine@main/1.mp4", False),
+        ("file://{}/secret.mp4", False),
+    ],
+)
+def test_rows_of_a_dataset_stay_in_it(tmp_path, place, allowed, streaming):
+    video = pa.array(
+        [{"path": place.format(tmp_path), "bytes": None}], pa.struct({"path": pa.string(), "bytes": pa.binary()})
+    )
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"video": video, "label": [0]}), tmp_path / "hub" / "train-0.parquet")
+    load = partial(load_video_dataset, tmp_path / "hub", cache_dir=tmp_path / "cache", streaming=streaming)
+    if allowed:
+        assert len(list(load())) == 1
+        return
+    with pytest.raises(ValueError, match="videos must be in it or on the Hub"):
+        list(load())
+    assert len(list(load(allow_outside_root=True))) == 1
+
+
+def test_a_remote_video_that_is_not_there_is_a_broken_one(tmp_path):
+    path = f"zip://1.mp4::{tmp_path}/none.zip"
+    dataset = datasets.Dataset.from_list([{"video": {"path": path, "bytes": None}, "label": 0}])
+    clips = VideoClips(dataset, lambda video, generator: {}, on_bad_video="error")
+    with pytest.raises(VideoDecodingError, match="check that it is there"):
+        clips[0]
 
 
 def test_class_folders_need_no_root(tmp_path):

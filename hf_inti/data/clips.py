@@ -86,8 +86,12 @@ def _read_video(row: dict) -> dict | torch.Tensor:
         return torch.frombuffer(bytearray(row["frames"]), dtype=torch.uint8).view(row["shape"])
     path, data = row["video"]["path"], row["video"]["bytes"]
     if data is None and "://" in path:  # streamed from the Hub, or inside an archive
-        with xopen(path, "rb") as file:
-            data = file.read()
+        try:
+            with xopen(path, "rb") as file:
+                data = file.read()
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise VideoDecodingError(f"{path}: {reason or type(error).__name__} (check that it is there)") from error
     return {"path": path, "bytes": data}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import datasets
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, Video
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from . import layouts
 
@@ -39,11 +40,11 @@ def load_video_dataset(
     - `streaming`: return an IterableDataset.
     - `video_column`, `label_column`: the columns of a list with a header, of shards or of a Hub dataset.
     - `cache_dir`: for the copies that `load_dataset` makes of shards and Hub data.
-    - `allow_outside_root`: let lists name videos outside `video_root`.
+    - `allow_outside_root`: let lists name videos outside `video_root`, and a dataset's rows any place.
 
     Listed files that are missing keep their rows: decoding reports them. Shards streamed without names keep labels
     as plain int64. Raises ValueError if the layout is unclear, nothing is found, or a label is outside the
-    classes or a listed video outside `video_root`.
+    classes, a listed video outside `video_root` or that of a dataset's row outside of it.
     """
     source = os.fspath(source)
     if os.path.exists(source):
@@ -57,7 +58,8 @@ def load_video_dataset(
         return _two_columns(dataset, video_column, label_column, label_names)
     if layout == "hub":
         dataset = datasets.load_dataset(source, split=split, streaming=streaming, cache_dir=cache_dir)
-        return _two_columns(dataset, video_column, label_column, label_names)
+        dataset = _two_columns(dataset, video_column, label_column, label_names)
+        return dataset if allow_outside_root else _check_rows(dataset, source, cache_dir)
     if not os.path.exists(source) and not glob.glob(source):
         raise ValueError(
             f"source must be the path of a dataset of layout {layout}, got {source}: no such file or folder; "
@@ -127,13 +129,38 @@ def _two_columns(
         if "__url__" in columns and pc.struct_field(dataset.with_format("arrow")[video][:], "bytes").null_count:
             raise _hidden_by_a_file("one of its videos")
         labels, names = layouts.number_labels([plain(value) for value in dataset[label][:]], names)
-        dataset = dataset.select_columns(video).rename_column(video, "video")
+        dataset = dataset.select_columns(video).rename_columns({video: "video"})
         # The column is in memory, alongside the files on disk: the videos are not copied.
         return dataset.add_column("label", labels, feature=ClassLabel(names=names))
     label_feature = Value("int64") if names is None else ClassLabel(names=names)
     row = functools.partial(_stream_row, video=video, label=label, plain=plain, names=names)
     features = Features({"video": Video(decode=False), "label": label_feature})
     return dataset.map(row, features=features, remove_columns=columns)
+
+
+def _check_rows(
+    dataset: Dataset | IterableDataset, source: str, cache_dir: str | os.PathLike | None
+) -> Dataset | IterableDataset:
+    """The dataset, or a ValueError where a row names a video by a path or URL outside of it.
+
+    A dataset may come from somebody else, as a list may. Videos that the rows hold themselves are in none of these.
+    """
+    folders = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([] if cache_dir is None else [cache_dir])]
+    if os.path.exists(source):  # else it is on the Hub
+        folders.append(source if os.path.isdir(source) else os.path.dirname(source))
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(functools.partial(_checked_row, folders=folders), features=dataset.features)
+    videos = dataset.with_format("arrow")["video"][:]
+    paths = videos.filter(pc.is_null(pc.struct_field(videos, "bytes")))
+    for path in pc.struct_field(paths, "path").to_pylist():
+        layouts.check_row(path or "", folders)
+    return dataset
+
+
+def _checked_row(row: dict, folders: list[str | os.PathLike]) -> dict:
+    if row["video"]["bytes"] is None:
+        layouts.check_row(row["video"]["path"] or "", folders)
+    return row
 
 
 def _plain_label(value: dict | bytes | str | int, field: str, old_names: Sequence[str] | None) -> int | str:

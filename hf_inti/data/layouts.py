@@ -27,6 +27,7 @@ PATH_COLUMNS = ("video", "path", "video_path", "file_path", "file_name", "filena
 # Synonyms: "val" matches a folder called "validation", but never one called "test".
 SPLITS = ({"train", "training"}, {"val", "valid", "validation", "validate"}, {"test", "testing"})
 KINETICS_COLUMNS = {"youtube_id", "time_start", "time_end"}
+ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")
 INDEX = r"-?[0-9]+"  # -1 often means "no label"; if it were read as a class name, all classes would be renumbered
 
 Rows = list[tuple[list[str], str | int]]  # (candidates, label) of each video
@@ -76,7 +77,8 @@ def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool =
     """Paths of the rows' videos: the first candidate that exists, else the first one.
 
     A missing file keeps its row: decoding reports it. Raises ValueError if none of the files exists, or if a path leads
-    out of `video_root` (links may) without `allow_outside_root`: a list may come from somebody else.
+    out of `video_root` (links may) without `allow_outside_root`: a list may come from somebody else. URLs are refused:
+    what opens them reads parts of a path as places of their own.
     """
     paths, found = [], False
     for candidates, _ in rows:
@@ -87,6 +89,8 @@ def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool =
                 f"listed videos must be in video_root, {video_root}, got {outside[0]}; set video_root to a folder that "
                 "holds them all, or allow_outside_root if you trust the list."
             )
+        if url := next((path for path in tried if "://" in path), None):
+            raise ValueError(f"listed videos must be files, got {url}; download it, and list the file.")
         path = next((name for name in tried if os.path.exists(name)), None)
         found = found or path is not None
         paths.append(path or tried[0])
@@ -103,6 +107,24 @@ def is_inside(path: str, folder: str | os.PathLike) -> bool:
     """Whether the path as written, links not followed, lies in the folder."""
     folder = os.path.abspath(folder)
     return os.path.commonpath([folder, os.path.abspath(path)]) == folder
+
+
+def check_row(path: str, folders: Sequence[str | os.PathLike]) -> None:
+    """Raise a ValueError unless a row of a dataset may name this place: in one of the folders, or on the Hub.
+
+    Either may be an archive: "zip://a.mp4::hf://datasets/org/name/videos.zip".
+    """
+    *inside, place = path.split("::")
+    archives = all(part.partition("://")[0] in ARCHIVES for part in inside)
+    if place.startswith("hf://"):
+        known = True
+    else:
+        known = "://" not in place and any(is_inside(place, folder) for folder in folders)
+    if not archives or not known:
+        raise ValueError(
+            f"the dataset's videos must be in it or on the Hub, got {path[:200]}; set allow_outside_root if you trust "
+            "the dataset."
+        )
 
 
 def number_labels(labels: Sequence[str | int], names: Sequence[str] | None = None) -> tuple[list[int], list[str]]:
