@@ -1,14 +1,20 @@
 """The Inference Endpoint handler, as it lies in a model's repository."""
 
 import base64
+import contextlib
 import importlib.util
+import io
 import shutil
 import signal
+import socket
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -188,6 +194,71 @@ def test_a_name_with_one_private_address_is_refused(handler, module, monkeypatch
         handler({"inputs": "http://mixed.example/clip.mp4"})
 
 
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("1.1.1.1", True),
+        ("2606:4700:4700::1111", True),
+        ("::ffff:1.1.1.1", True),
+        ("2002:101:101::1", True),  # 6to4 of 1.1.1.1
+        ("64:ff9b::101:101", True),  # NAT64 of 1.1.1.1
+        ("0.0.0.0", False),
+        ("127.0.0.1", False),
+        ("10.0.0.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("192.0.0.192", False),  # Oracle's metadata
+        ("168.63.129.16", False),  # Azure's platform
+        ("224.0.0.1", False),
+        ("::", False),
+        ("::1", False),
+        ("::7f00:1", False),  # IPv4-compatible
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:0:7f00:1", False),  # SIIT
+        ("64:ff9b::a00:1", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("2002:a00:1::1", False),
+        ("fc00::1", False),
+        ("fe80::1%eth0", False),
+        ("fec0::1", False),
+        ("ff0e::1", False),
+    ],
+)
+def test_public_addresses(module, address, public):
+    assert module.is_public(address) is public
+
+
+@pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::]", "[::ffff:10.0.0.1]"])
+def test_other_ways_to_write_an_address(module, host):
+    with pytest.raises(ValueError, match="must be on the public internet|must exist"):
+        module.download(f"http://{host}/clip.mp4")
+
+
+@pytest.mark.parametrize("part", ["status", "header", "body"])
+def test_a_server_that_drips_is_cut_off(module, open_network, monkeypatch, part):
+    """A byte at a time never exceeds the time limit of a socket."""
+    monkeypatch.setattr(module, "TIMEOUT", 1)
+    head = {"status": b"", "header": b"HTTP/1.1 200 OK\r\n", "body": b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"}
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(head[part])
+            for _ in range(100):
+                connection.sendall(b"a")
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="must be downloadable, got more than 1 s"):
+        module.download(f"http://127.0.0.1:{listening.getsockname()[1]}/clip.mp4")
+    assert time.monotonic() - start < 8
+    thread.join()
+    listening.close()
+
+
 def test_redirects_are_checked_when_they_connect(handler, module, server, open_network, monkeypatch):
     """From this machine, which the fixture allows, to another private address."""
     with pytest.raises(ValueError, match="must be on the public internet"):
@@ -204,7 +275,7 @@ def test_certificates_are_checked_by_name(module, monkeypatch):
     wrapped = []
 
     class Context:
-        def wrap_socket(self, sock, server_hostname):
+        def wrap_socket(self, sock, server_hostname, **options):
             wrapped.append((sock, server_hostname))
             raise module.ssl.SSLCertVerificationError("wrong name")
 
@@ -233,6 +304,26 @@ def test_limits(handler, module, repository, server, open_network, monkeypatch):
     for inputs in (body, base64.b64encode(body).decode(), f"{server}/clip.mp4"):
         with pytest.raises(ValueError, match="at most 0 MiB, got more"):
             handler({"inputs": inputs})
+
+
+def test_limits_hold_for_every_stream(module):
+    """The one that is decoded may be another than the first: a cover or one without a decoder comes before it."""
+    body = io.BytesIO()
+    with av.open(body, "w", format="matroska") as container:
+        streams = [container.add_stream("mpeg4", rate=8) for _ in range(2)]
+        for stream, size in zip(streams, (16, 64), strict=True):
+            stream.width = stream.height = size
+            stream.pix_fmt = "yuv420p"
+        for stream, frames in zip(streams, (1, 16), strict=True):
+            for _ in range(frames):
+                picture = np.zeros((stream.height, stream.width, 3), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
+    module.check_size(body.getvalue(), max_seconds=3, max_pixels=64 * 64)
+    with pytest.raises(ValueError, match="got 64 x 64"):
+        module.check_size(body.getvalue(), max_seconds=3, max_pixels=32 * 32)
+    with pytest.raises(ValueError, match="must last at most 1 s"):
+        module.check_size(body.getvalue(), max_seconds=1, max_pixels=64 * 64)
 
 
 def test_what_says_that_it_is_too_large_is_not_downloaded(module, server, open_network, monkeypatch):
@@ -286,6 +377,8 @@ def test_the_decoder_gets_no_token(module, repository, monkeypatch):
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
+    for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "PGPASSWORD", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.setenv(name, "hf_secret")
     monkeypatch.setattr(module.subprocess, "Popen", Process)
     with pytest.raises(OSError, match="enough"):
         module.Decoder("handler.py", str(repository)).start()

@@ -16,12 +16,14 @@ import io
 import ipaddress
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -48,6 +50,9 @@ MAX_PIXELS = 3840 * 2160  # per frame
 TIMEOUT = 30  # seconds for a whole download
 DECODING_TIMEOUT = 60  # seconds
 DECODING_MEMORY = 2 * 2**30  # bytes, above what the process has when it starts
+# Public by their numbers, but a cloud's own: IETF's protocol assignments, with Oracle's metadata, and Azure's platform.
+PLATFORMS = [ipaddress.ip_network(network) for network in ("192.0.0.0/24", "168.63.129.16/32")]
+SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY", re.IGNORECASE)  # in the name of a variable
 FUNCTIONS = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
@@ -67,7 +72,10 @@ def check_url(url: str) -> None:
 
 
 def is_public(host: str) -> bool:
-    """Whether an IP address is on the public internet. An IPv6 address that embeds an IPv4 one is judged by that."""
+    """Whether an IP address is on the public internet. An IPv6 address that embeds an IPv4 one is judged by that.
+
+    Stricter than Python's own lists, which change between its patches.
+    """
     address = ipaddress.ip_address(host.partition("%")[0])
     if address.version == 6:
         embedded = address.ipv4_mapped or address.sixtofour
@@ -75,7 +83,10 @@ def is_public(host: str) -> bool:
             embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if embedded is not None:
             address = embedded
-    return address.is_global and not address.is_multicast
+    if address.version == 6 and address not in ipaddress.ip_network("2000::/3"):
+        return False  # site-local, IPv4-compatible, local translators and all else that is no unicast address
+    refused = any(address in network for network in PLATFORMS if network.version == address.version)
+    return address.is_global and not address.is_multicast and not refused
 
 
 def public_addresses(host: str, port: int) -> list[str]:
@@ -95,34 +106,83 @@ def connect(host: str, port: int, timeout: float | None) -> socket.socket:
     The connection uses the addresses that were checked: resolving the name again could give others (DNS rebinding).
     """
     failure = OSError("no address")
+    end = None if timeout is None else time.monotonic() + timeout  # for all addresses together
     for address in public_addresses(host, port):
         try:
-            return socket.create_connection((address, port), timeout)
+            return socket.create_connection((address, port), end and max(end - time.monotonic(), 0.01))
         except OSError as error:
             failure = error
     raise failure
 
 
+class Deadline:
+    """While entered, it ends the connections that it watches after `seconds`, whatever they wait for, and is `late`.
+
+    The time limit of a socket counts from each byte that it gets.
+    """
+
+    def __init__(self, seconds: float):
+        self.late, self.sockets = False, []
+        self.timer = threading.Timer(seconds, self._end)
+
+    def __enter__(self) -> "Deadline":
+        self.timer.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.timer.cancel()
+
+    def watch(self, sock: socket.socket) -> socket.socket:
+        self.sockets.append(sock)
+        if self.late:
+            raise TimeoutError("too slow")
+        return sock
+
+    def _end(self) -> None:
+        self.late = True
+        for sock in self.sockets:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's own, which waits for the other side
+
+
 class _Connection(HTTPConnection):
+    def __init__(self, *arguments: Any, deadline: Deadline, **options: Any):
+        super().__init__(*arguments, **options)
+        self.deadline = deadline
+
     def connect(self) -> None:
-        self.sock = connect(self.host, self.port, self.timeout)
+        self.sock = self.deadline.watch(connect(self.host, self.port, self.timeout))
 
 
 class _SecureConnection(HTTPSConnection):
+    def __init__(self, *arguments: Any, deadline: Deadline, **options: Any):
+        super().__init__(*arguments, **options)
+        self.deadline = deadline
+
     def connect(self) -> None:
         # The certificate is checked against the name, not the address.
-        context = ssl.create_default_context()
-        self.sock = context.wrap_socket(connect(self.host, self.port, self.timeout), server_hostname=self.host)
+        sock, context = connect(self.host, self.port, self.timeout), ssl.create_default_context()
+        sock = context.wrap_socket(sock, server_hostname=self.host, do_handshake_on_connect=False)
+        self.sock = self.deadline.watch(sock)
+        self.sock.do_handshake()
 
 
 class _Handler(HTTPHandler):
+    def __init__(self, deadline: Deadline):
+        super().__init__()
+        self.deadline = deadline
+
     def http_open(self, request: Request) -> HTTPResponse:
-        return self.do_open(_Connection, request)
+        return self.do_open(_Connection, request, deadline=self.deadline)
 
 
 class _SecureHandler(HTTPSHandler):
+    def __init__(self, deadline: Deadline):
+        super().__init__()
+        self.deadline = deadline
+
     def https_open(self, request: Request) -> HTTPResponse:
-        return self.do_open(_SecureConnection, request)
+        return self.do_open(_SecureConnection, request, deadline=self.deadline)
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -140,23 +200,22 @@ def _too_large() -> ValueError:
 def download(url: str) -> bytes:
     """Download `url`; stops after more than `MAX_BYTES`. Raises ValueError if that fails."""
     check_url(url)
-    end, body = time.monotonic() + TIMEOUT, bytearray()
+    body, deadline = bytearray(), Deadline(TIMEOUT)
     # Quote like a browser: what is already quoted stays.
     request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "hf_inti"})
     # No proxies: they would resolve the host themselves, unchecked.
-    opener = build_opener(ProxyHandler({}), _Handler, _SecureHandler, _Redirects)
+    opener = build_opener(ProxyHandler({}), _Handler(deadline), _SecureHandler(deadline), _Redirects)
     try:
-        with opener.open(request, timeout=TIMEOUT) as response:
+        with deadline, opener.open(request, timeout=TIMEOUT) as response:
             if (response.length or 0) > MAX_BYTES:  # it says so itself
                 raise _too_large()
-            while chunk := response.read1(2**20):
+            while len(body) <= MAX_BYTES and (chunk := response.read1(2**20)):
                 body += chunk
-                if len(body) > MAX_BYTES:
-                    break
-                if time.monotonic() > end:
-                    raise TimeoutError("too slow")
+            if deadline.late:
+                raise TimeoutError("too slow")
     except (OSError, HTTPException, UnicodeError) as error:  # bad status, no connection, timeout, not HTTP
         reason = getattr(error, "code", None) or getattr(error, "reason", None) or type(error).__name__
+        reason = f"more than {TIMEOUT} s" if deadline.late else reason
         raise ValueError(f"the URL must be downloadable, got {reason}; check it, or send the video itself.") from None
     return bytes(body)
 
@@ -194,25 +253,27 @@ def check_size(body: bytes, max_seconds: float, max_pixels: int) -> None:
     """
     import av
 
-    seconds, packets = 0.0, 0
+    packets: Counter[int] = Counter()  # of each stream
     try:
         # No other protocols: a playlist could otherwise read local files or the network.
         options = {"protocol_whitelist": ""}
         with av.open(io.BytesIO(body), "r", metadata_errors="ignore", options=options) as container:
-            if not container.streams.video:
+            streams = [stream for stream in container.streams.video if stream.codec_context]  # those with a decoder
+            if not streams:
                 raise ValueError("the file must have a video stream, got none; send another.")
-            stream = container.streams.video[0]
-            if stream.width * stream.height > max_pixels:
+            largest = max(streams, key=lambda stream: stream.width * stream.height)
+            if largest.width * largest.height > max_pixels:
                 raise ValueError(
-                    f"frames must have at most {max_pixels} pixels, got {stream.width} x {stream.height}; "
+                    f"frames must have at most {max_pixels} pixels, got {largest.width} x {largest.height}; "
                     "scale the video down."
                 )
-            for packet in container.demux(stream):
-                packets += packet.size > 0
+            for packet in container.demux(streams):
+                packets[packet.stream.index] += packet.size > 0
+                seconds = 0.0
                 if packet.pts is not None and packet.time_base is not None:
-                    seconds = max(seconds, float(packet.pts * packet.time_base))
+                    seconds = float(packet.pts * packet.time_base)
                 # Timestamps may be missing: assume at most 120 frames per second.
-                if max(seconds, packets / 120) > max_seconds:
+                if max(seconds, packets[packet.stream.index] / 120) > max_seconds:
                     raise ValueError(f"the video must last at most {max_seconds:.0f} s, got more; cut it.")
     except av.FFmpegError:
         raise ValueError(
@@ -223,7 +284,8 @@ def check_size(body: bytes, max_seconds: float, max_pixels: int) -> None:
 class Decoder:
     """A process that turns videos into pixels.
 
-    It answers in JSON and plain numbers, so that a hijacked one can run nothing here, and it is given no tokens.
+    It answers in JSON and plain numbers, so that a hijacked one can run nothing here. Variables named like secrets are
+    kept from it.
     """
 
     def __init__(self, *script: str):
@@ -257,7 +319,7 @@ class Decoder:
         if self.process is not None and self.process.poll() is None:
             return
         self.close()
-        environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name}
+        environment = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
         environment["PYTHONSAFEPATH"] = "1"  # modules of the repository must not hide Python's own
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen([sys.executable, *self.script], env=environment, **pipes)
