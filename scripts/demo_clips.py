@@ -34,8 +34,8 @@ def open_clip(body: bytes, name: str, max_seconds: float, max_pixels: int) -> io
     file, seconds, pixels = io.BytesIO(body), 0, 0
     file.name = name
     with suppress(Exception), av.open(file, **OPENING) as container:  # headers may be wrong, but cost nothing to read
-        seconds = (container.duration or 0) / av.time_base
-        pixels = max((stream.width * stream.height for stream in container.streams.video), default=0)
+        sizes = [stream.width * stream.height for stream in container.streams.video if stream.codec_context]
+        seconds, pixels = (container.duration or 0) / av.time_base, max(sizes, default=0)
     if pixels > max_pixels:
         raise VideoDecodingError(f"{name}: frames of {pixels} pixels, at most {max_pixels} are taken (scale it)")
     if seconds <= max_seconds:

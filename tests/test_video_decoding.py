@@ -333,6 +333,20 @@ def test_frames_of_several_sizes(tmp_path):
         decode_frames(path, [0, len(frames) - 1])
 
 
+def test_frames_of_any_size_are_not_decoded(tmp_path, monkeypatch):
+    """Neither those that the file begins with nor larger ones that come later."""
+    a = write_video(tmp_path / "a.ts", n=10).read_bytes()
+    b = write_video(tmp_path / "b.ts", n=10, size=(96, 48)).read_bytes()
+    (tmp_path / "both.ts").write_bytes(a + b)
+    with VideoReader(tmp_path / "both.ts") as reader:
+        assert reader.num_frames > 10
+    monkeypatch.setattr(video_decoding, "MAX_PIXELS", 64 * 48)
+    with VideoReader(tmp_path / "both.ts") as reader:
+        assert 0 < reader.num_frames <= 10
+    with pytest.raises(VideoDecodingError, match=r"b\.ts: frames of 96 x 48, more than 3072 pixels \(scale it\)"):
+        VideoReader(tmp_path / "b.ts")
+
+
 @pytest.mark.parametrize("wrong", [-1, 60, 1.0, "1", None])
 def test_indices_are_checked(clip, wrong):
     with VideoReader(clip) as reader, pytest.raises(ValueError, match="must be (from 0 to 59|an integer).*, got "):

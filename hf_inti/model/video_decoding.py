@@ -38,6 +38,8 @@ _SEEK_GAP = 48  # packets; reading this many is cheaper than seeking
 _MAX_DECODERS = 4  # at once; each holds a few frames in memory
 _INTRA = 1  # FFmpeg's AV_PICTURE_TYPE_I
 
+MAX_PIXELS = 16384 * 8192  # of a frame, four times 8K: a few bytes of a broken or hostile file may announce any size
+
 Source = str | os.PathLike | bytes | BinaryIO
 
 
@@ -357,9 +359,15 @@ class VideoReader:
             videos = [s for s in container.streams.video if s.codec_context and not s.disposition & cover]
             if not videos:
                 raise self._error(f"no video that can be decoded among {len(container.streams)} stream(s)")
+            codec = videos[0].codec_context
+            if codec.width * codec.height > MAX_PIXELS:
+                raise self._error(
+                    f"frames of {codec.width} x {codec.height}, more than {MAX_PIXELS} pixels", "scale it"
+                )
+            codec.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change within the video
             if get_worker_info() is not None:  # other workers use the other cores
-                videos[0].codec_context.thread_type = "NONE"
-                videos[0].codec_context.thread_count = 1  # decoders with threads of their own only obey this
+                codec.thread_type = "NONE"
+                codec.thread_count = 1  # decoders with threads of their own only obey this
             yield container, videos[0]
 
     def _error(self, reason: str, advice: str = "replace the file or leave it out") -> VideoDecodingError:
