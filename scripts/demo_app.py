@@ -168,6 +168,17 @@ def cost_bars(classifier: Classifier) -> str:
     return f'{bars(rows)}<p class="note">{note}</p>'
 
 
+class Upload(gr.Video):
+    """Gradio's would also download what a client names by its URL, of whatever size, before anything here sees it."""
+
+    is_template = True  # looks as its base does
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        if not isinstance(url_or_file_path, str) or "://" not in url_or_file_path:
+            return await super().async_move_resource_to_block_cache(url_or_file_path)
+        raise gr.Error("The clip must be uploaded, got a URL; upload the file.")
+
+
 def build_page(classifier: Classifier, examples: list[Path], args: DemoArguments) -> gr.Blocks:
     """The page, not yet served; `args` gives the limits and the name."""
     config = classifier.model.config
@@ -194,7 +205,7 @@ def build_page(classifier: Classifier, examples: list[Path], args: DemoArguments
         gr.Markdown(f"# {title}\nUpload a clip or pick an example. {about}")
         with gr.Row():
             with gr.Column():
-                video = gr.Video(label="Clip", sources=["upload"], height=320, elem_id="clip")
+                video = Upload(label="Clip", sources=["upload"], height=320, elem_id="clip")
                 gr.Examples([[str(path)] for path in examples], [video], elem_id="examples")
             with gr.Column():
                 gr.Markdown("### Answer")

@@ -385,6 +385,23 @@ def test_server_keeps_its_files_to_itself(server, model):
     assert "Upload a clip" in config and "private_place" not in config
 
 
+@pytest.mark.slow
+def test_only_uploads_are_read(server):
+    """Not what a client names by its place: gradio would download URLs itself, of whatever size."""
+    url, _ = server
+    for place, words in (("http://127.0.0.1:9/clip.mp4", "must be uploaded, got a URL"), ("/etc/hostname", "")):
+        clip = {"path": place, "meta": {"_type": "gradio.FileData"}}
+        data = {"data": [clip], "fn_index": 0, "trigger_id": None, "session_hash": "a"}
+        request = urllib.request.Request(
+            f"{url}/gradio_api/queue/join", json.dumps(data).encode(), {"Content-Type": "application/json"}
+        )
+        urllib.request.urlopen(request, timeout=10).close()
+        with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=a", timeout=30) as events:
+            lines = [json.loads(line[6:]) for line in events.read().decode().splitlines() if line.startswith("data: ")]
+        (end,) = [line for line in lines if line["msg"] == "process_completed"]
+        assert not end["success"] and words in (end["output"].get("error") or "")
+
+
 def pins(path: Path) -> dict[str, str]:
     return dict(line.split("==") for line in path.read_text().splitlines() if "==" in line)
 
