@@ -45,7 +45,9 @@ class BulkArguments:
         default=None, metadata={"help": "Processes that decode, at most; default: free cores."}
     )
     shard_rows: int = field(default=10_000, metadata={"help": "Videos in each shard; one is written every 5 minutes."})
-    retry_broken: bool = field(default=False, metadata={"help": "Try again what is broken in output_dir."})
+    retry_broken: bool = field(
+        default=False, metadata={"help": "Try again those of these videos that are broken in output_dir."}
+    )
     ray_address: str | None = field(
         default=None, metadata={"help": "Of a running Ray cluster, such as auto; default: this machine alone."}
     )
@@ -74,7 +76,7 @@ def main() -> None:
     settings = settings_of(model, processor, result)
     with Shards(args.output_dir, result.schema(), settings, args.shard_rows) as shards:
         if args.retry_broken:
-            shards.forget_broken()
+            shards.forget_broken({clip.video for clip in clips})
         if any(clip.video not in shards.done for clip in clips):
             with cluster(args.ray_address) as resources:
                 plan = make_plan(resources, args.models, args.decoders, args.batch_size)

@@ -212,7 +212,7 @@ class Misbehaves:
         elif what == "hang":
             time.sleep(1000)
         elif what == "fill":
-            torch.ones(2**32)
+            torch.empty(2**31)  # 8 GiB, which nothing fills if there is no limit
         return os.getpid()
 
 
@@ -226,6 +226,9 @@ def test_a_clip_that_takes_the_process_with_it(monkeypatch):
         call("crash")
     second = call("work")
     assert second != first
+    with pytest.raises(Died, match="^died$"):
+        call("fill")
+    second = call("work")
     monkeypatch.setattr(isolation, "SECONDS", 0.2)
     with pytest.raises(Died, match="took more than 0.2 s"):
         call("hang")
@@ -287,11 +290,13 @@ def test_broken_ones_are_tried_again(tmp_path):
         shards.add(table("b", error="bad"))
         shards.add(table("c", error="bad"))
     with Shards(tmp_path, SCHEMA, SETTINGS, 2) as shards:
-        shards.forget_broken()
-        assert set(shards.done) == {"a"}
-    assert [row["video"] for row in rows_of(tmp_path)] == ["a"]
-    with Shards(tmp_path, SCHEMA, SETTINGS, 2) as shards:  # what is left is a shard of these settings
-        assert set(shards.done) == {"a"}
+        shards.forget_broken({"a", "b", "d"})
+        assert set(shards.done) == {"a", "c"}
+    assert sorted(row["video"] for row in rows_of(tmp_path)) == ["a", "c"]
+    with Shards(tmp_path, SCHEMA, SETTINGS, 2) as shards:  # what is left are shards of these settings
+        assert shards.done == {"a": None, "c": "bad"}
+        shards.forget_broken({"c"})
+        assert shards.done == {"a": None}
 
 
 def test_shards_that_do_not_fit(tmp_path):

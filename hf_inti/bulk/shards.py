@@ -2,12 +2,12 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
@@ -107,14 +107,15 @@ class Shards:
             os.fsync(file.fileno())
         os.replace(part, path)
 
-    def forget_broken(self) -> None:
-        """Take the rows of broken videos out of the shards, to try them again."""
+    def forget_broken(self, videos: Collection[str]) -> None:
+        """Take the rows of those of these videos that are broken out of the shards, to try them again."""
+        broken = {video for video in videos if self.done.get(video) is not None}
         for path in self._paths():
             table = pq.read_table(path)
-            broken = table.filter(pc.is_valid(table["error"]))["video"].to_pylist()
-            if len(broken) == len(table):
+            kept = table.filter(pa.array([video not in broken for video in table["video"].to_pylist()], pa.bool_()))
+            if not len(kept):
                 path.unlink()
-            elif broken:
-                self._write(table.filter(pc.is_null(table["error"])), path)
-            for video in broken:
-                del self.done[video]
+            elif len(kept) < len(table):
+                self._write(kept, path)
+        for video in broken:
+            del self.done[video]
