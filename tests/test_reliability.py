@@ -3,14 +3,17 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from fuzz.mutations import ANY, STRUCTURED, avi_chunks, ebml_elements, mp4_boxes, mutate, parts_of
 
 from conftest import write_video
+from hf_inti.training.interruption import Interruption
 
 
 TESTS = Path(__file__).parent
@@ -76,3 +79,24 @@ def test_parts_of_containers_are_found(extension, parse, tmp_path):
     assert len(data) - end <= 1 and len(parts) > top + 5
     broken = {mutate([data], random.Random(case))[0] for case in range(50)} - {data}  # zeroed zeros break nothing
     assert len(broken) > 40
+
+
+def test_an_echo_of_sigterm_is_no_second_one(monkeypatch):
+    """A scheduler signals every process, and torchrun then signals its own."""
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert interruption.signal == signal.SIGTERM and not ended
+            later = time.monotonic() + 11
+            monkeypatch.setattr(time, "monotonic", lambda: later)
+            signal.raise_signal(signal.SIGTERM)
+            assert ended == [signal.SIGTERM]
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,17 +1,22 @@
 """Signals that end a run: it saves before it leaves."""
 
 import signal
+import time
 from types import FrameType
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and Ctrl-C
+ECHO = 10  # seconds in which a scheduler's signal comes again: it tells all processes, and torchrun tells them too
 
 
 class Interruption:
-    """While entered, `signal` is the signal that came, 0 before. A second one of its kind acts as usual, at once."""
+    """While entered, `signal` is the signal that came, 0 before.
+
+    A second one of its kind acts as usual, at once; SIGTERM only when it is no echo of the first.
+    """
 
     def __init__(self):
-        self.signal, self._before = 0, {}
+        self.signal, self._came, self._before = 0, 0.0, {}
 
     def __enter__(self) -> "Interruption":
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -22,8 +27,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, self._before[number])
+        if self.signal != number:
+            self.signal, self._came = number, time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self._came > ECHO:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
 
 
 def ignore_signals(worker: int) -> None:
