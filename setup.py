@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "hf_inti" / "__init__.py").read_text())[1]
 TRAIN = ["kornia>=0.9", "matplotlib>=3.9", "pyyaml>=6", "scikit-learn>=1.6"]
-DEMO = ["gradio>=6.31,<7", "matplotlib>=3.9", "pyyaml>=6"]
-BULK = ["ray[data]>=2.60"]
+DEMO = ["gradio>=6.31,<7", "matplotlib>=3.9", "pillow>=12", "pyyaml>=6"]
+BULK = ["filelock>=3.20.3", "ray[data]>=2.60"]
 EXPORT = ["onnx>=1.23", "onnxruntime>=1.31", "onnxscript>=0.7"]
 
 setup(
