@@ -32,6 +32,7 @@ from hf_inti.visualization import draw_compression
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:
     import gradio as gr
+    from fastapi import HTTPException
 except ImportError as error:
     raise SystemExit(f"error: the page needs gradio ({error}); install the extra: pip install -e '.[demo]'") from error
 
@@ -168,15 +169,18 @@ def cost_bars(classifier: Classifier) -> str:
     return f'{bars(rows)}<p class="note">{note}</p>'
 
 
-class Upload(gr.Video):
-    """Gradio's would also download what a client names by its URL, of whatever size, before anything here sees it."""
+def refuse_urls() -> None:
+    """Have gradio fetch no URL: it would for any client that names one, as a clip of any size, or to hand it on."""
+    message = "The clip must be uploaded, got a URL; upload the file."
 
-    is_template = True  # looks as its base does
+    async def refuse_clip(url: str) -> None:
+        raise gr.Error(message)
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        if not isinstance(url_or_file_path, str) or "://" not in url_or_file_path:
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
-        raise gr.Error("The clip must be uploaded, got a URL; upload the file.")
+    async def refuse_request(url: str, request: object) -> None:
+        raise HTTPException(403, message)
+
+    gr.processing_utils.async_ssrf_protected_get = refuse_clip
+    gr.routes.secure_url_stream_response = refuse_request
 
 
 def build_page(classifier: Classifier, examples: list[Path], args: DemoArguments) -> gr.Blocks:
@@ -205,7 +209,7 @@ def build_page(classifier: Classifier, examples: list[Path], args: DemoArguments
         gr.Markdown(f"# {title}\nUpload a clip or pick an example. {about}")
         with gr.Row():
             with gr.Column():
-                video = Upload(label="Clip", sources=["upload"], height=320, elem_id="clip")
+                video = gr.Video(label="Clip", sources=["upload"], height=320, elem_id="clip")
                 gr.Examples([[str(path)] for path in examples], [video], elem_id="examples")
             with gr.Column():
                 gr.Markdown("### Answer")
@@ -233,6 +237,7 @@ def serve(args: DemoArguments) -> None:
     """Load the model and serve the page until the process ends."""
     classifier = load_classifier(args.model)
     classifier.decode.start()
+    refuse_urls()
     theme = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"])
     with tempfile.TemporaryDirectory() as rendered:
         if args.examples is None:

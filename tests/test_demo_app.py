@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import av
@@ -389,9 +390,9 @@ def test_server_keeps_its_files_to_itself(server, model):
 def test_only_uploads_are_read(server):
     """Not what a client names by its place: gradio would download URLs itself, of whatever size."""
     url, _ = server
-    for place, words in (("http://127.0.0.1:9/clip.mp4", "must be uploaded, got a URL"), ("/etc/hostname", "")):
+    for function, place in product(range(2), ("http://127.0.0.1:9/clip.mp4", "/etc/hostname")):
         clip = {"path": place, "meta": {"_type": "gradio.FileData"}}
-        data = {"data": [clip], "fn_index": 0, "trigger_id": None, "session_hash": "a"}
+        data = {"data": [clip], "fn_index": function, "trigger_id": None, "session_hash": "a"}
         request = urllib.request.Request(
             f"{url}/gradio_api/queue/join", json.dumps(data).encode(), {"Content-Type": "application/json"}
         )
@@ -399,7 +400,11 @@ def test_only_uploads_are_read(server):
         with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=a", timeout=30) as events:
             lines = [json.loads(line[6:]) for line in events.read().decode().splitlines() if line.startswith("data: ")]
         (end,) = [line for line in lines if line["msg"] == "process_completed"]
-        assert not end["success"] and words in (end["output"].get("error") or "")
+        assert not end["success"]
+        assert place[0] == "/" or "must be uploaded, got a URL" in end["output"]["error"]
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{url}/gradio_api/file=http://127.0.0.1:9/clip.mp4", timeout=10)
+    assert caught.value.code == 403 and "must be uploaded" in caught.value.read().decode()
 
 
 def pins(path: Path) -> dict[str, str]:
