@@ -179,9 +179,10 @@ def test_models_from_a_file_with_memory(tmp_path, mode):
         assert ("matrix_fraction" in row) == (mode == "forward")
         assert ("activation_memory_bytes" in row) == (mode == "training")
     assert list(tmp_path.glob("memory_*.json")) == []
-    done = run_script(*arguments, "--require", "gmacs inti / naive <= 0.1")
-    assert done.returncode == 1
-    assert "MISSED" in done.stdout
+    if mode == "forward":
+        done = run_script(*arguments[:2], "--require", "gmacs inti / naive <= 0.1")
+        assert done.returncode == 1
+        assert "MISSED" in done.stdout
 
 
 @pytest.mark.slow
