@@ -145,9 +145,12 @@ def _check_rows(
 
     A dataset may come from somebody else, as a list may. Videos that the rows hold themselves are in none of these.
     """
-    folders = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, *([] if cache_dir is None else [cache_dir])]
+    config = datasets.config
+    folders = [config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE]
+    folders += [] if cache_dir is None else [cache_dir]
     if os.path.exists(source):  # else it is on the Hub
         folders.append(source if os.path.isdir(source) else os.path.dirname(source))
+    folders += map(os.path.realpath, list(folders))  # rows may name either
     if isinstance(dataset, IterableDataset):
         return dataset.map(functools.partial(_checked_row, folders=folders), features=dataset.features)
     videos = dataset.with_format("arrow")["video"][:]
