@@ -495,7 +495,7 @@ def test_the_lines_of_a_card_run(trained, monkeypatch, capsys):
     write_video(trained / "example.mp4")
     card = render_card(metadata_of_run(trained), trained, "me/mine")
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) == 7
+    assert len([line for line in code.splitlines() if line]) == 8
     asked = []
 
     def download(repo_id, name):
