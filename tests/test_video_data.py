@@ -234,7 +234,10 @@ def test_rows_of_a_dataset_stay_in_it(tmp_path, place, allowed, streaming):
     assert len(list(load(allow_outside_root=True))) == 1
 
 
-def test_a_remote_video_that_is_not_there_is_a_broken_one(tmp_path):
+@pytest.mark.parametrize("archive", [None, b"no archive"])
+def test_an_archive_that_cannot_be_read_is_a_broken_video(tmp_path, archive):
+    if archive:
+        (tmp_path / "none.zip").write_bytes(archive)
     path = f"zip://1.mp4::{tmp_path}/none.zip"
     dataset = datasets.Dataset.from_list([{"video": {"path": path, "bytes": None}, "label": 0}])
     clips = VideoClips(dataset, lambda video, generator: {}, on_bad_video="error")

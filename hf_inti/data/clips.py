@@ -89,7 +89,7 @@ def _read_video(row: dict) -> dict | torch.Tensor:
         try:
             with xopen(path, "rb") as file:
                 data = file.read()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # what opens archives has errors of its own
             reason = " ".join(str(error).split())[:200]
             raise VideoDecodingError(f"{path}: {reason or type(error).__name__} (check that it is there)") from error
     return {"path": path, "bytes": data}

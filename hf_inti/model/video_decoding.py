@@ -92,7 +92,8 @@ class VideoReader:
         width, height: of the first frame, upright, in pixels.
 
     Raises:
-        VideoDecodingError: if the file does not exist or none of its frames can be decoded.
+        VideoDecodingError: if the file does not exist, none of its frames can be decoded, or the first is larger than
+            `MAX_PIXELS`.
         ImportError: if PyAV is not installed.
     """
 
