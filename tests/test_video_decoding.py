@@ -76,6 +76,9 @@ def write_video(
             frame.time_base = Fraction(1, 1000) if pts else 1 / Fraction(rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+        # SVT-AV1, run by root, gives its caller real-time priority, which starves all other processes.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
