@@ -41,6 +41,7 @@ pytest.importorskip("gradio", reason="the demo page needs gradio: pip install -e
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
+PATIENCE = 300  # seconds, beside other tests; what is waited for takes a few
 # More than the page shows, with the probabilities that the tiny model gives to whatever it sees.
 LABELS = {"tying a knot": 0.04, "<b>juggling</b>": 0.5, "yoga": 0.2, "surfing": 0.15, "chess": 0.08, "archery": 0.03}
 BARS = ["<b>juggling</b> 50.0%", "yoga 20.0%", "surfing 15.0%", "chess 8.0%", "tying a knot 4.0%"]
@@ -228,14 +229,14 @@ def serving(command: list, folder: Path, **environment):
     command = [sys.executable, *(str(port) if word == "PORT" else str(word) for word in command)]
     with open(log, "w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
         try:
-            wait_for(lambda: "Running on local URL" in log.read_text() or process.poll() is not None, 60)
+            wait_for(lambda: "Running on local URL" in log.read_text() or process.poll() is not None, PATIENCE)
             assert process.poll() is None, log.read_text()
             yield f"http://127.0.0.1:{port}", log
         finally:
             process.kill()
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=PATIENCE):
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "nothing happened in time"

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from conftest import TINY, write_video
+from forks import run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.data.clips import VideoClips
 from hf_inti.data.datasets import load_video_dataset
@@ -315,9 +316,9 @@ def test_scripts_start(name):
     """
     if name == "demo_app.py":
         pytest.importorskip("gradio")
-    done = subprocess.run([sys.executable, SCRIPTS / name, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: {name} ")
+    status, out, error = run_in_a_fork(SCRIPTS / name, "--help")
+    assert status == 0, error
+    assert out.startswith(f"usage: {name} ")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import hf_inti
+from forks import run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 
 
@@ -17,19 +18,24 @@ assert type(model).__module__ == "hf_inti.model.modeling_inti_clip"
 
 
 def run(code: str, *arguments) -> None:
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    status, _, error = run_in_a_fork(code, *map(str, arguments))
+    assert status == 0, error
+
+
+def run_in_a_process(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_nothing_heavy_is_imported_before_it_is_used():
     code = f"import sys, hf_inti, hf_inti.hosts\nfound = [name for name in {HEAVY} if name in sys.modules]\n"
-    run(code + "assert not found, found")
+    run_in_a_process(code + "assert not found, found")
 
 
 def test_only_what_decodes_imports_pyav():
     code = "import sys; from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor\n"
     rest = [name for name in HEAVY if name not in ("transformers.modeling_utils", "accelerate")]
-    run(code + f"found = [name for name in {rest} if name in sys.modules]\nassert not found, found")
+    run_in_a_process(code + f"found = [name for name in {rest} if name in sys.modules]\nassert not found, found")
 
 
 @pytest.fixture(scope="module")

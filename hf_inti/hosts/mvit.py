@@ -6,7 +6,7 @@ A block is (x, (T, H, W)) -> (x, (T, H, W)); x (B, 1 + T * H * W, C) begins with
 import torch
 from torch import nn
 
-from .contract import BaseHost, Current, Hook
+from .contract import BaseHost, Current, Forward, Hook
 
 
 GRID = "its attention pools keys and values on a whole grid"
@@ -24,6 +24,22 @@ class Keep(Hook):
         self.current.set({**kept, self.part: output})
 
 
+class Attend(Forward):
+    """In a block's attention without relative positions or a residual, as in mvit_v1_b: torchvision's, fused."""
+
+    def __call__(self, x: torch.Tensor, thw: tuple[int, int, int]):
+        attention = self.module
+        q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).transpose(1, 3).unbind(2)
+        if attention.pool_k is not None:
+            k = attention.pool_k(k, thw)[0]
+        if attention.pool_v is not None:
+            v = attention.pool_v(v, thw)[0]
+        if attention.pool_q is not None:
+            q, thw = attention.pool_q(q, thw)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, scale=attention.scaler)  # (B, heads, L, d)
+        return attention.project(out.transpose(1, 2).flatten(2)), thw
+
+
 class Host(BaseHost):
     name = "MViT"
     unit = "block"
@@ -36,6 +52,12 @@ class Host(BaseHost):
 
     def blocks_to_select(self, model: nn.Module) -> list[nn.Module]:
         return list(model.blocks)
+
+    def hooks_after_selection(self, model: nn.Module, i: int, current: Current) -> list[tuple[nn.Module, Hook]]:
+        """Hooks on the attention of block i, counted from 0, and of all that follow."""
+        attentions = [block.attn for block in model.blocks[i:]]
+        plain = [attn for attn in attentions if attn.rel_pos_h is None and not attn.residual_pool]
+        return [(attn, Attend(self, current)) for attn in plain]
 
     @staticmethod
     def open(args):

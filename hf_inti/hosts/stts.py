@@ -153,7 +153,7 @@ def hooks(
             else:
                 found.append((blocks[i], SelectBefore(host, current, i, **of_block)))
     selections.to(like.dtype).train(model.training)
-    return found
+    return found + host.hooks_after_selection(model, min(plans[0].keys() | plans[1].keys()), current)
 
 
 def check_plan(host: BaseHost, name: str, plan) -> dict[int, float]:

@@ -159,10 +159,17 @@ class Leave(Hook):
 
 
 class Attend(Forward):
-    """In a block's attention."""
+    """In a block's attention, some of whose tokens are missing."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return window_attention(self.module, x, self.current.get())
+
+
+class AttendToAll(Forward):
+    """In a block's attention on a whole grid: torchvision's in one fused kernel, and without work on padding."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return window_attention(self.module, x, WindowTokens())
 
 
 class Host(BaseHost):
@@ -188,6 +195,10 @@ class Host(BaseHost):
     def blocks_to_select(self, model: nn.Module) -> list[nn.Module]:
         """The first block of each stage, before which STTS may stand."""
         return [stage[0] for stage in self.stages(model)]
+
+    def hooks_after_selection(self, model: nn.Module, i: int, current: Current) -> list[tuple[nn.Module, Hook]]:
+        """Hooks on the attention of stage i, counted from 0, and of all that follow."""
+        return [(block.attn, AttendToAll(self, current)) for stage in self.stages(model)[i:] for block in stage]
 
     @staticmethod
     def open(args):
