@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fuzz import run as fuzz
 from fuzz.mutations import ANY, STRUCTURED, avi_chunks, ebml_elements, mp4_boxes, mutate, parts_of
 
 from conftest import write_video
@@ -61,6 +62,26 @@ def test_processes_that_split_the_weights_train_as_one():
 def test_broken_videos_are_decoded_or_refused():
     found = run("fuzz/run.py", "--cases", 200)
     assert found["decoded"] > 20 and found["refused"] > 20 and len(found["by_mutation"]) == len(ANY + STRUCTURED)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_hangs_is_tried_once_more(tmp_path, monkeypatch):
+    def decode(data: bytes, folder: Path, draw) -> str:
+        """Case 1 hangs the first time, case 3 always."""
+        case = int(data)
+        if case == 3 or (case == 1 and not (tmp_path / "once").exists()):
+            (tmp_path / "once").touch()
+            while True:
+                pass
+        return "decoded"
+
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "decode", decode)
+    cases = {random.Random(f"0 {case}").random(): case for case in range(5)}  # known by its first draw
+    monkeypatch.setattr(fuzz, "mutate", lambda files, draw: (b"%d" % cases[draw.random()], "none"))
+    found = fuzz.outcomes([], 0, 5, 0, tmp_path)
+    assert [row["case"] for row in found] == [0, 1, 2, 3, 4]
+    assert [fuzz.kind(row) for row in found] == ["decoded", "decoded", "decoded", "hung", "decoded"]
 
 
 @pytest.mark.parametrize(("extension", "parse"), [("mp4", mp4_boxes), ("mkv", ebml_elements), ("avi", avi_chunks)])

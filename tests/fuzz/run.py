@@ -95,8 +95,8 @@ def work(files: list[bytes], first: int, last: int, seed: int, folder: Path, rep
 
 
 def outcomes(files: list[bytes], first: int, last: int, seed: int, folder: Path) -> list[dict]:
-    """Of each case, from as many processes as it takes."""
-    found = []
+    """Of each case, from as many processes as it takes. What hangs is tried once more: the machine may have slept."""
+    found, again = [], None
     while first + len(found) < last:
         path = folder / "report"
         child = os.fork()
@@ -110,7 +110,10 @@ def outcomes(files: list[bytes], first: int, last: int, seed: int, folder: Path)
         before, after = lines[::2], lines[1::2]
         if len(after) < len(before):
             hung = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF)
-            after.append({"outcome": "hung" if hung else f"crashed ({status})", "seconds": SECONDS, "bytes": 0})
+            if hung and before[-1]["case"] != again:
+                again = before.pop()["case"]
+            else:
+                after.append({"outcome": "hung" if hung else f"crashed ({status})", "seconds": SECONDS, "bytes": 0})
         found += [{**b, **a} for b, a in zip(before, after, strict=True)]
     return found
 
