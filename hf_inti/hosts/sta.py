@@ -14,7 +14,7 @@ from ..model.compression_sta import (
     stage_blocks,
 )
 from ..model.methods import is_count
-from .contract import BaseHost, Current, Feature, Hook, first, with_first
+from .contract import BaseHost, Current, Feature, Hook, first, tokens_at, with_first
 
 
 RELEASED = "released"  # the authors' code's schedule, which the paper does not have
@@ -55,7 +55,7 @@ class Prune(Hook):
             metric = trace.feature[:, self.host.class_tokens :].unflatten(1, (groups, -1))
             kept = prune(x, metric, **self._draw(x, places, module.training), **self.options)
         trace.tokens[self.i] = before._replace(groups=base, places=places.gather(2, kept).flatten(1, 2))
-        x = x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1])).flatten(1, 2)
+        x = tokens_at(x.flatten(0, 1), kept.flatten(0, 1)).view(len(x), -1, x.shape[-1])
         return with_first(output, torch.cat([classes, x], dim=1))
 
     def _count_groups(self, tokens: int) -> int:

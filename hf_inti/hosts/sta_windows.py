@@ -11,9 +11,9 @@ from torch import nn
 
 from ..model.compression_sta import cells_for, check_choices, directions, draw_for, prune
 from ..model.methods import is_count
-from .contract import BaseHost, Current, Hook, PreHook
+from .contract import BaseHost, Current, Hook, PreHook, tokens_at
 from .sta import RANDOM, random_tokens
-from .videoswin import WindowTokens, fill, nearest_kept, tokens_at
+from .videoswin import WindowTokens, fill, nearest_kept
 
 
 FACTORS = (1, 1.5 / 4, 2 / 16)  # of r, at the end of the three stages

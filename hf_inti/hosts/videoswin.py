@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .contract import BaseHost, Current, Forward, Hook, PreHook
+from .contract import BaseHost, Current, Forward, Hook, PreHook, tokens_at
 
 
 OUTSIDE = -100.0  # what torchvision adds to the logits between parts of a window that are no neighbours
@@ -38,12 +38,6 @@ def nearest_kept(kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     distances = (rows[:, None] - rows).square() + (columns[:, None] - columns).square()  # (H * W, H * W)
     nearest = distances.to(torch.int32)[:, kept].argmin(dim=-1)  # of (H * W, B, T, K)
     return nearest.permute(1, 2, 0).unflatten(2, grid)
-
-
-def tokens_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x (B, N, C) at `index` (B, M) of its tokens: (B, M, C). It moves whole rows, and is faster than `gather`."""
-    first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
-    return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape)
 
 
 def fill(x: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
