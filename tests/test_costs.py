@@ -179,8 +179,7 @@ def test_costs_prints_tables(monkeypatch, capsys):
     script = runpy.run_path(SCRIPT)
     main = script["main"]
     monkeypatch.setitem(main.__globals__, "TABLES", TABLES[4:5])
-    few = HostTable("Few", HOST_TABLES[0].rows[:2])
-    monkeypatch.setitem(main.__globals__, "HOST_TABLES", [few])
+    monkeypatch.setitem(main.__globals__, "HOST_TABLES", [HostTable("Few", HOST_TABLES[0].rows[:2])])
     monkeypatch.setitem(main.__globals__, "short_table", lambda: [["model"], ["InTI-B"]])  # the README's
     monkeypatch.setattr(sys, "argv", ["compare.py", "costs"])
     main()
@@ -216,6 +215,7 @@ def test_methods_hands_on_what_follows(monkeypatch, capsys):
 
 def test_costs_are_written(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "costs", "--output_dir", str(tmp_path)])
+    monkeypatch.setitem(script.main.__globals__, "HOST_TABLES", [HostTable("Few", HOST_TABLES[0].rows[:2])])
     assert script.main() == 0
     record = json.loads((tmp_path / "costs.json").read_text())
     assert "InTI-B 5,7 by part" in record["tables"] and len(record["tables"]) > 5
