@@ -1,6 +1,8 @@
 """Signals that end a run: it saves before it leaves."""
 
+import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -37,7 +39,18 @@ class Interruption:
 def ignore_signals(worker: int) -> None:
     """`worker_init_fn` of a DataLoader: signals reach the whole process group, and the run needs its workers to save.
 
-    A worker ends when its DataLoader does, or the process of that.
+    A worker ends when its DataLoader does, or the process of that. Its SIGTERM is obeyed: what Python sends to the
+    workers that a failed run leaves, and waits for.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(1)
