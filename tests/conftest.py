@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from forks import ForkedJob
 from hf_inti import InTIClipVisionConfig
+from hf_inti.measure import jobs
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes that run the tests share the cores
@@ -56,6 +58,12 @@ def test_data() -> Path:
     if not folder:
         pytest.skip("HF_INTI_TEST_DATA is not set: it names a folder with vectors/, videos/ and datasets/")
     return Path(folder)
+
+
+@pytest.fixture
+def forked_jobs(monkeypatch):
+    """Jobs are forks. That jobs end with their parent is tested with real ones, in test_comparison.py."""
+    monkeypatch.setattr(jobs, "start", ForkedJob)
 
 
 @pytest.fixture(autouse=True)

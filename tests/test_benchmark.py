@@ -1,13 +1,13 @@
 """benchmark.py: what it times, what it refuses to time, and targets that are missed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
+from forks import ALL, run_in_a_fork
 from hf_inti.benchmarks import growth as benchmark_growth
 from hf_inti.benchmarks import models as benchmark_models
 from hf_inti.measure.timing import Requirement, TimingArguments, cell, interleave, report, summary
@@ -160,17 +160,25 @@ def test_training_steps_train():
     assert len(changed) > 50
 
 
-def run_script(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+@pytest.fixture
+def settings_of_torch():
+    """What a benchmark sets in its process."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    PartialState._reset_state()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("settings_of_torch", "forked_jobs")
 @pytest.mark.parametrize(("mode", "bound", "outcome"), [("forward", 0.9, "met"), ("training", 0.1, "MISSED")])
-def test_models_from_a_file_with_memory(tmp_path, mode, bound, outcome):
-    (tmp_path / "models.yaml").write_text(json.dumps({"models": MODELS, "output_dir": str(tmp_path), "repetitions": 2}))
-    arguments = ["models", tmp_path / "models.yaml", "--mode", mode, "--memory", "true", "--batch_size", "2"]
-    done = run_script(*arguments, "--require", f"gmacs inti / naive <= {bound}")
-    assert done.returncode == int(outcome == "MISSED") and f" {outcome} |" in done.stdout, done.stderr
+def test_models_from_a_file_with_memory(tmp_path, capsys, mode, bound, outcome):
+    file = tmp_path / "models.yaml"
+    file.write_text(json.dumps({"models": MODELS, "output_dir": str(tmp_path), "repetitions": 2}))
+    arguments = [str(file), "--mode", mode, "--memory", "true", "--batch_size", "2"]
+    ended = benchmark_models.main([*arguments, "--require", f"gmacs inti / naive <= {bound}"])
+    assert ended == int(outcome == "MISSED") and f" {outcome} |" in capsys.readouterr().out
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     for row in rows.values():
         assert row["low"] <= row["seconds"] <= row["high"]
@@ -184,9 +192,10 @@ def test_models_from_a_file_with_memory(tmp_path, mode, bound, outcome):
 @pytest.mark.slow
 def test_exported_models(tmp_path):
     pytest.importorskip("onnxruntime", reason="the extra export is not installed")
-    model = json.dumps(MODELS["inti"])
-    done = run_script("export", "--model", model, "--output_dir", tmp_path, "--repetitions", "1")
-    assert done.returncode == 0, done.stderr
+    model = json.dumps({**TINY, "num_hidden_layers": 2, "compression_layers": [1], "num_frames": 4})
+    flags = ("--model", model, "--output_dir", tmp_path, "--repetitions", "1")
+    status, _, error = run_in_a_fork(SCRIPT, "export", *flags, imported=ALL)
+    assert status == 0, error
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert list(rows) == ["torch", "torch_optimized", "torch_program", "onnx", "onnx_int8"]
     assert all(row["difference"] < 1e-4 for name, row in rows.items() if name != "onnx_int8")
@@ -197,8 +206,9 @@ def test_exported_models(tmp_path):
 def test_growth(tmp_path):
     small = ["--frames", "4", "8", "--resolution", "32", "48", "--batch", "1", "3", "--repetitions", "1"]
     small += ["--memory", "false"]
-    done = run_script("growth", "--models", json.dumps(MODELS), "--output_dir", tmp_path, *small)
-    assert done.returncode == 0, done.stderr
+    flags = ("--models", json.dumps(MODELS), "--output_dir", tmp_path, *small)
+    status, _, error = run_in_a_fork(SCRIPT, "growth", *flags, imported=ALL)
+    assert status == 0, error
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     axes = ["frames=4", "frames=8", "resolution=32", "resolution=48", "batch=1", "batch=3"]
     assert list(rows) == [f"{name}:{axis}" for axis in axes for name in MODELS]

@@ -111,6 +111,7 @@ def test_wrong_settings(arguments, message, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_report(tmp_path):
     bound = "seconds hf_inti@64x48_12 / pyav@64x48_12 <= 1000"
     flags = ["--clips", "64x48,12", "--lengths", "1", "2", "--repetitions", "1", "--require", bound]
@@ -125,6 +126,7 @@ def test_report(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_prediction_and_its_halves(tmp_path, tiny_config, monkeypatch, capsys):
     scratch = tmp_path / "scratch"
     scratch.mkdir()

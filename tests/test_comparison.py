@@ -22,6 +22,7 @@ from matplotlib.transforms import Bbox
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from conftest import write_video
+from forks import ForkedJob
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.comparison import run as comparison
 from hf_inti.comparison.baselines import frame_features, grey_pixels, ridge_accuracy
@@ -120,8 +121,7 @@ def compared(folder):
             sleep(seconds)
 
         begun = []
-        start = comparison_processes.start
-        patch.setattr(comparison_processes, "start", lambda *job: begun.append(start(*job)) or begun[-1])
+        patch.setattr(comparison_processes, "start", lambda *job: begun.append(ForkedJob(*job)) or begun[-1])
         # A process that was started in the background ignores what Ctrl-C sends.
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.MonkeyPatch.context() as interruption, contextlib.redirect_stderr(io.StringIO()) as error:
@@ -139,6 +139,7 @@ def compared(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="watches processes through /proc")
 class TestCompared:
     def test_nothing_is_done_twice(self, compared):
@@ -276,6 +277,7 @@ class TestCompared:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_failing_run_shows_its_log(folder, tmp_path, capsys):
     flags = ("--output_dir", str(tmp_path), "--train_dir", str(tmp_path / "no"), "--jobs", "1")
     with pytest.raises(ValueError) as error:

@@ -283,6 +283,7 @@ def test_wrong_settings_read_well(folder, flags, wanted):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_jobs")
 def test_folds_are_trained_scored_and_gone_on_with(folder, monkeypatch):
     """By train.py and evaluate.py; baselines too. Two folds of unequal size, one method."""
     lay_out(folder / "videos", lambda path: write_video(path, frames=6, seed=sum(map(ord, str(path)))))

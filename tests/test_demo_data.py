@@ -1,13 +1,12 @@
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import CLIPVisionModel
+
+from forks import ALL, run_in_a_fork
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_demo_data.py"
@@ -141,14 +140,14 @@ def test_ridge_regression_learns_what_there_is_and_no_more():
 
 def run_script(folder, *extra):
     sizes = ["--num_train", "5", "--num_test", "1", "--image_size", "16", "--num_frames", "4"]
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), *sizes, *extra]
-    return subprocess.run(command, capture_output=True, text=True)
+    status, out, error = run_in_a_fork(SCRIPT, "--output_dir", folder, *sizes, *extra, imported=ALL)
+    assert status == 0, error
+    return out
 
 
 def test_command_line(tmp_path):
-    result = run_script(tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "one frame, mean over the 4 indices" in result.stdout
+    printed = run_script(tmp_path)
+    assert "one frame, mean over the 4 indices" in printed
     files = sorted(tmp_path.rglob("*.mp4"))
     places = [f"train/{{}}/00{i}.mp4" for i in range(5)] + ["test/{}/000.mp4"]
     wanted = {place.format(name) for place in places for name in CLASSES}
@@ -157,8 +156,7 @@ def test_command_line(tmp_path):
     assert len(set(content)) == len(content)
     assert DEMO["read_video"](files[0]).shape == (4, 16, 16, 3)
 
-    again = run_script(tmp_path)
-    assert again.stdout == result.stdout
+    assert run_script(tmp_path) == printed
     assert [file.read_bytes() for file in files] == content
 
 
@@ -170,12 +168,11 @@ def test_bad_arguments_are_refused(name, value):
 
 def test_pretrained_tower_loads_and_is_the_same_again(tmp_path):
     for name in ("first", "second"):
-        command = [sys.executable, str(SCRIPT.with_name("pretrain_demo_tower.py")), "--output_dir"]
-        command += [str(tmp_path / name), "--num_scenes", "4", "--num_epochs", "1", "--batch_size", "32"]
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=one_thread)
-        assert result.returncode == 0, result.stderr
-        assert "of the classes" in result.stdout
+        script = SCRIPT.with_name("pretrain_demo_tower.py")
+        flags = ("--output_dir", tmp_path / name, "--num_scenes", "4", "--num_epochs", "1", "--batch_size", "32")
+        status, out, error = run_in_a_fork(script, *flags, imported=ALL, OMP_NUM_THREADS="1")
+        assert status == 0, error
+        assert "of the classes" in out
     first, second = (CLIPVisionModel.from_pretrained(tmp_path / name) for name in ("first", "second"))
     assert (first.config.hidden_size, first.config.num_hidden_layers, first.config.image_size) == (96, 4, 32)
     assert all(value.equal(second.state_dict()[name]) for name, value in first.state_dict().items())

@@ -156,13 +156,18 @@ def few_blocks(compression: str) -> dict:
     return {"num_hidden_layers": 3 if compression == "sta" else 2, "compression_layers": [1]}
 
 
+# Each pair is traced; what a backend is given, backward pass and all, takes each method once: it takes twice as long.
+PREPARED = dict(zip(COMPRESSIONS, ("uniformerv2", "aim", "st_adapter", "zeroi2v", "none", "none", "none"), strict=True))
+
+
 @pytest.mark.parametrize("compression, adaptation", ALLOWED)
 def test_compiles_without_graph_breaks(compression, adaptation, build):
+    backend = "aot_eager" if PREPARED[compression] == adaptation else "eager"
     model = build(compression, adaptation, **few_blocks(compression)).train()
     pixel_values = clips()
     plain = gradients(model, model, pixel_values)
     torch.compiler.reset()
-    compiled = gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"), pixel_values)
+    compiled = gradients(model, torch.compile(model, fullgraph=True, backend=backend), pixel_values)
     assert compiled.keys() == plain.keys()
     for name, gradient in plain.items():
         assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)

@@ -5,8 +5,10 @@ import json
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from transformers import AutoModelForVideoClassification, CLIPVisionConfig, CLIP
 from transformers import TrainingArguments as HFTrainingArguments
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
+from forks import ALL, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.training.arguments import ModelArguments
 from hf_inti.training.setup import build_model
@@ -32,6 +35,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CLASSES = ["blue", "green", "red"]
+VARIABLES = {"PYTHONPATH": str(SCRIPTS.parent), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def write_clip(path, colour, frames=8, seed=0):
@@ -121,19 +125,15 @@ def trained(tmp_path_factory, data, tower):
     folder = tmp_path_factory.mktemp("trained")
     flags = f"--model {tower} --num_frames 4 --compression_layers 1 --train_dir {data} --eval_dir {data}".split()
     flags += f"--output_dir {folder} --epochs 4 --batch_size 4 --learning_rate 2e-3 --log_every_steps 2".split()
-    done = python(SCRIPTS / "train.py", *flags)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
-
-
-def environment(**more):
-    root = str(SCRIPTS.parent)
-    return {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
+    status, out, error = run_in_a_fork(SCRIPTS / "train.py", *flags, imported=ALL, **VARIABLES)
+    assert status == 0, error
+    return folder, out
 
 
 def python(*command, cwd=None, **variables):
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, env=environment(**variables), cwd=cwd, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, **VARIABLES, **variables}
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
 def lines_of(path):
@@ -426,9 +426,10 @@ def kill(folder, tower, deaths, flags):
     settings += f"--min_lr_ratio 1 --weight_decay 0 --output_dir {folder / 'killed'} --resume"
     (folder / "killer.py").write_text(KILLER)
     flags = [*settings.split(), *flags]
-    done = python(folder / "killer.py", json.dumps(deaths), *flags, TRAIN=str(SCRIPTS / "train.py"))
-    reports = [line for line in done.stdout.splitlines() if line.startswith(("True", "False"))]
-    assert len(reports) == len(deaths) and all(line.startswith("True") for line in reports), (reports, done.stderr)
+    variables = {**VARIABLES, "TRAIN": str(SCRIPTS / "train.py")}
+    _, out, error = run_in_a_fork(folder / "killer.py", json.dumps(deaths), *flags, imported=ALL, **variables)
+    reports = [line for line in out.splitlines() if line.startswith(("True", "False"))]
+    assert len(reports) == len(deaths) and all(line.startswith("True") for line in reports), (reports, error)
     return reports
 
 
@@ -522,6 +523,23 @@ def torchrun(script, *arguments):
     return python(*command, *arguments, TRAIN=str(SCRIPTS / "train.py"))
 
 
+def two_processes(script, *arguments) -> str:
+    """What two print that know of each other by the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {**VARIABLES, "TRAIN": str(SCRIPTS / "train.py"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def start(rank):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        return run_in_a_fork(script, *arguments, imported=ALL, **job, **ranks)
+
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(start, "01"))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    return "".join(out for _, out, _ in ended)
+
+
 @pytest.fixture
 def odd_data(data, tmp_path):
     """7 test videos, one of them broken."""
@@ -569,15 +587,35 @@ def test_two_processes_train(extra, data, tower, tmp_path):
     flags += "--allow_outside_root "
     flags += f"--learning_rate 2e-3 --batch_size 2 --flip --log_every_steps 1 --output_dir {tmp_path / 'out'}"
     (tmp_path / "late.py").write_text(LATE)
-    done = torchrun(tmp_path / "late.py" if "--epochs" in extra else SCRIPTS / "train.py", *flags.split(), *extra)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Trained 6 steps") == 1
+    script = tmp_path / "late.py" if "--epochs" in extra else SCRIPTS / "train.py"
+    printed = two_processes(script, *flags.split(), *extra)
+    assert printed.count("Trained 6 steps") == 1
     lines = lines_of(tmp_path / "out" / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "eval_top1" in line] == ([3, 6] if "--epochs" in extra else [2, 4, 6])
     assert json.loads((tmp_path / "out" / "run.json").read_text())["num_processes"] == 2
     names = {p.name for p in (tmp_path / "out" / "checkpoints" / "step_6").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl", "progress.json"} <= names
+
+
+BUG = """
+import os, runpy, sys
+from hf_inti import InTIClipForVideoClassification
+
+def forward(*arguments, **options):
+    raise KeyError("a bug")
+
+InTIClipForVideoClassification.forward = forward
+runpy.run_path(os.environ["TRAIN"], run_name="__main__")
+"""
+
+
+def test_a_bug_ends_the_run(data, tower, tmp_path):
+    """And its data workers, for which Python waits."""
+    flags = f"--model {tower} --num_frames 4 --compression_layers 1 --train_dir {data} --num_workers 2"
+    variables = {**VARIABLES, "TRAIN": str(SCRIPTS / "train.py")}
+    status, _, error = run_in_a_fork(BUG, *flags.split(), "--output_dir", tmp_path, imported=ALL, **variables)
+    assert status == 1 and "a bug" in error
 
 
 # Broken videos ------------------------------------------------------------------------------------
