@@ -49,12 +49,15 @@ demo: .venv/installed
 	$(RUN) scripts/visualize.py demo/inti/last demo/data/test/slides_right/000.mp4 --output demo/figure4.png
 	$(RUN) scripts/report_demo.py --seed $(SEED) --record $(RECORD)
 
+# Files in the order of tests/conftest.py, each in one process.
+SPREAD = -n auto --dist loadfile --no-loadscope-reorder
+
 TORCHVISION_TESTS = tests/test_host_costs.py tests/test_host_vectors.py tests/test_hosts_mvit.py tests/test_hosts_videoswin.py \
 	tests/test_training_hosts.py tests/test_recipes_hosts.py tests/test_comparison_hosts.py
 
 test: .venv/installed
-	$(RUN) -m pytest -n auto --dist loadfile
-	HF_INTI_TORCHVISION=$(CURDIR)/.venv/torchvision $(RUN) -m pytest -n auto --dist loadfile $(TORCHVISION_TESTS)
+	$(RUN) -m pytest $(SPREAD)
+	HF_INTI_TORCHVISION=$(CURDIR)/.venv/torchvision $(RUN) -m pytest $(SPREAD) $(TORCHVISION_TESTS)
 
 BENCHMARK = $(RUN) scripts/benchmark.py
 PAIR = $(BENCHMARK) models scripts/benchmarks/naive_
@@ -117,7 +120,7 @@ lint: .venv/installed
 	$(RUN) -m ruff format --check .
 
 check: lint
-	$(RUN) -m pytest -n auto --dist loadfile -m "not slow"
+	$(RUN) -m pytest $(SPREAD) -m "not slow"
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache

@@ -41,6 +41,12 @@ def write_video(path: Path, frames: int = 10, size: int = 48, seed: int = 0) -> 
         container.mux(stream.encode(None))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: the last to end would keep one process busy and the others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def tiny_config():
     """A function that makes the configuration of a tower of 4 blocks, 48 wide, on 32 x 32 pixels."""

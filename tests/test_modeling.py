@@ -1,8 +1,5 @@
 """The model: parity with CLIP, initial values, outputs, numerics under every way of running it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import (
@@ -260,23 +257,10 @@ def test_save_and_load(tiny_config, tmp_path):
     assert {name for name, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
 
 
-def test_compile_fullgraph(tiny_config):
-    model = InTIClipForVideoClassification(tiny_config(num_hidden_layers=2)).eval()
-    randomise_new_parameters(model)
-    pixel_values = torch.randn(2, 8, 3, 32, 32)
-    with torch.no_grad():
-        expected = model(pixel_values).logits
-        # The graph is what can break; generating code for it takes a minute and is torch's business.
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(pixel_values).logits, expected, rtol=0, atol=1e-6)
-    compiled.train()
-    compiled(pixel_values, labels=torch.tensor([0, 1])).loss.backward()
-    assert model.classifier.weight.grad is not None
-
-
-@pytest.mark.parametrize("cube", ["local_mhra", "dwconv"])
-def test_export_with_dynamic_batch_and_frames(tiny_config, cube):
-    model = InTIClipForVideoClassification(tiny_config(compression_options={"cube": cube})).eval()
+def test_export_with_dynamic_batch_and_frames(tiny_config):
+    """Of the cube that is not the default, which test_export.py exports."""
+    options = {"compression_layers": [0, 1], "compression_options": {"cube": "dwconv"}}
+    model = InTIClipForVideoClassification(tiny_config(num_hidden_layers=2, **options)).eval()
     randomise_new_parameters(model)
 
     class Logits(torch.nn.Module):
@@ -301,13 +285,6 @@ def test_loss_follows_gradient_accumulation(tiny_config):
     whole = model(pixel_values, labels=labels).loss
     halves = sum(model(pixel_values[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=4).loss for i in (0, 2))
     torch.testing.assert_close(halves, whole)
-
-
-def test_import_is_light():
-    heavy = ("av", "datasets", "matplotlib", "kornia")
-    code = f"import sys, hf_inti; print([name for name in {heavy!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_weights_that_are_cut_off_are_said(tiny_config, tmp_path):
