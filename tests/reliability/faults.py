@@ -72,6 +72,14 @@ def dead_worker() -> None:
     VideoClips.__getitem__ = replacement
 
 
+def tell_all(number: int) -> None:
+    """Send a signal to the run and its workers, as a scheduler does: from another process."""
+    if (sender := os.fork()) == 0:
+        os.killpg(0, number)
+        os._exit(0)
+    os.waitpid(sender, 0)
+
+
 class Fault(NamedTuple):
     name: str
     before: Callable  # in the process of the run
@@ -82,7 +90,7 @@ class Fault(NamedTuple):
 
 
 def faults(work: Path) -> list[Fault]:
-    group = {number: lambda number=number: os.killpg(0, number) for number in (signal.SIGTERM, signal.SIGINT)}
+    told = {number: lambda number=number: tell_all(number) for number in (signal.SIGTERM, signal.SIGINT)}
     stopped = r"Stopped by {} after step 5; the same command with --resume true continues\."
     video = work / "videos" / "c" / "3.mp4"
     return [
@@ -93,8 +101,8 @@ def faults(work: Path) -> list[Fault]:
         Fault("NaN loss once", lambda: nan(always=False), 0, r"1 steps were skipped, because .*", "", False),
         Fault("NaN loss always", lambda: nan(always=True), 1, r"error: the loss must be finite, got nan .*mp4.*",
               "--max_skipped_steps 2", False),
-        Fault("SIGTERM", lambda: in_step(group[signal.SIGTERM]), 143, stopped.format("SIGTERM"), "--num_workers 1"),
-        Fault("Ctrl-C", lambda: in_step(group[signal.SIGINT]), 130, stopped.format("SIGINT"), "--num_workers 1"),
+        Fault("SIGTERM", lambda: in_step(told[signal.SIGTERM]), 143, stopped.format("SIGTERM"), "--num_workers 1"),
+        Fault("Ctrl-C", lambda: in_step(told[signal.SIGINT]), 130, stopped.format("SIGINT"), "--num_workers 1"),
     ]  # fmt: skip
 
 
