@@ -32,11 +32,14 @@ def _start(imported: tuple[str, ...], target, *arguments) -> Process:
     return process
 
 
-def run_in_a_fork(what: str | Path, *arguments, imported=HEAVY, cwd: Path | None = None, **variables: str):
-    """What `python -c what` and `python what` would do with these arguments: the exit status, stdout and stderr."""
+def run_in_a_fork(what: str | Path, *arguments, imported=HEAVY, cwd: Path | None = None, environment=None, **variables):
+    """What `python -c what` and `python what` would do with these arguments: the exit status, stdout and stderr.
+
+    `environment` stands for this process's; `variables` come on top.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
-        place = (files, {**os.environ, **variables}, cwd or Path.cwd())
+        place = (files, {**(os.environ if environment is None else environment), **variables}, cwd or Path.cwd())
         process = _start(imported, _run, what, [*map(str, arguments)], *place)
         process.join(PATIENCE)
         process.kill()

@@ -111,16 +111,7 @@ def test_compression_with_temporal_modules(method, r):
 
 @pytest.fixture(scope="module")
 def script():
-    """compare.py, which counts each configuration once for all tests."""
-    script, counted = types.SimpleNamespace(**runpy.run_path(SCRIPT)), {}
-
-    def count_once(config):
-        key = config.to_json_string(use_diff=False)
-        counted[key] = counted.get(key) or count_costs(config)
-        return counted[key]
-
-    script.main.__globals__["count_costs"] = count_once
-    return script
+    return types.SimpleNamespace(**runpy.run_path(SCRIPT))
 
 
 @pytest.fixture(scope="module")

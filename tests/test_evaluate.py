@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from conftest import TINY, write_video
-from forks import run_in_a_fork
+from forks import ALL, HEAVY, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.data.clips import VideoClips
 from hf_inti.data.datasets import load_video_dataset
@@ -316,7 +316,8 @@ def test_scripts_start(name):
     """
     if name == "demo_app.py":
         pytest.importorskip("gradio")
-    status, out, error = run_in_a_fork(SCRIPTS / name, "--help")
+    imported = HEAVY if name in ("train.py", "evaluate.py") else ALL  # with the library, for time
+    status, out, error = run_in_a_fork(SCRIPTS / name, "--help", imported=imported)
     assert status == 0, error
     assert out.startswith(f"usage: {name} ")
 

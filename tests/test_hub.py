@@ -26,6 +26,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, pipeline
 import hf_inti.hub.folder
 import hf_inti.hub.push
 from conftest import TINY, write_video
+from forks import run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.hub.card import metadata_of_run
 from hf_inti.hub.folder import PICKLES, files_of, prepare_folder, public_run, validate_folder
@@ -609,12 +610,14 @@ def test_the_whole_way(tmp_path):
     tower.save_pretrained(tmp_path / "tower")
     server = HubServer()
     try:
-        here = server.environment(tmp_path / "home", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
+        here = server.environment(tmp_path / "home", ACCELERATE_USE_CPU="true")
         flags = "--num_frames 4 --compression_layers 1 --train_dir data --max_steps 2 --batch_size 2 --resize 32"
-        command = [sys.executable, ROOT / "scripts" / "train.py", "--model", "tower", "--output_dir", "mine"]
-        run([*command, *flags.split()], here, tmp_path)
-        command = [sys.executable, ROOT / "scripts" / "push_to_hub.py", "mine/last", REPO]
-        shown = run(command, here, tmp_path)
+        command = [ROOT / "scripts" / "train.py", "--model", "tower", "--output_dir", "mine", *flags.split()]
+        status, _, error = run_in_a_fork(*command, cwd=tmp_path, environment=here)
+        assert status == 0, error
+        command = [ROOT / "scripts" / "push_to_hub.py", "mine/last", REPO]
+        status, *shown = run_in_a_fork(*command, cwd=tmp_path, environment=here)
+        assert status == 0, shown
         assert "Pushed" in shown[0] and server.commits(REPO) == 1
         assert {"metrics.jsonl", "run.json"} <= set(server.files(REPO))
         assert WRITE not in "".join(shown)

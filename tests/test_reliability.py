@@ -38,18 +38,18 @@ def test_killed_runs_end_like_one_that_never_stopped():
 @pytest.mark.slow
 def test_each_fault_gives_one_clear_message_and_loses_nothing():
     faults = {fault["fault"]: fault for fault in run("reliability/faults.py")["faults"]}
-    assert len(faults) == 9
-    for name, status in {"SIGTERM": 143, "Ctrl-C": 130, "full disk": 1, "video vanishes": 0}.items():
+    assert len(faults) == 9 + ("full disk" in faults)  # left out where nothing can be mounted
+    for name, status in {"SIGTERM": 143, "Ctrl-C": 130, "limit on files": 1, "video vanishes": 0}.items():
         assert faults[name]["status"] == status, name
 
 
 @pytest.mark.slow
 def test_several_processes_train_and_evaluate_as_one():
-    """Also others that resume, and a job of which a process dies."""
+    """Also others that resume, a job of which a process dies, and one that a scheduler ends."""
     found = run("reliability/processes.py", "--steps", 10)
     assert found["steps"] == 10
     differences = [name for name in found if "difference" in name]
-    assert len(differences) == 5  # the script compares each with its limit
+    assert len(differences) == 6  # the script compares each with its limit
 
 
 @pytest.mark.slow

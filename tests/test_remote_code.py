@@ -1,12 +1,9 @@
 """Checkpoints load with the code saved beside them where this package is not installed."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from forks import run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionModel
 from hf_inti.model.adaptation import ADAPTATIONS
 from hf_inti.model.compression import COMPRESSIONS
@@ -43,10 +40,8 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 
 def load_as_stranger(folder, *arguments, cache, code: str = STRANGER) -> None:
-    environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, str(folder), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, error = run_in_a_fork(code, folder, *arguments, cwd=cache, HF_HOME=str(cache), HF_HUB_OFFLINE="1")
+    assert status == 0, error
 
 
 @pytest.mark.slow

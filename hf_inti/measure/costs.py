@@ -1,5 +1,7 @@
 """Multiply-adds and parameters of a configuration, counted on the meta device: nothing is computed or stored."""
 
+import json
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -49,12 +51,18 @@ def count_costs(config: InTIClipVisionConfig, num_frames: int | None = None) -> 
     Returns a Cost for each part of `PARTS` and for "total", which also holds what belongs to no part (norms).
     Raises ValueError as the model does, for example for a number of frames that cannot be halved.
     """
+    frames = config.num_frames if num_frames is None else num_frames
+    return dict(_count_costs(config.to_json_string(use_diff=False), frames))
+
+
+@cache
+def _count_costs(config_json: str, num_frames: int) -> dict[str, Cost]:
+    config = InTIClipVisionConfig.from_dict(json.loads(config_json))
     with torch.device("meta"):
         model = InTIClipForVideoClassification._from_config(config, attn_implementation="eager").eval()
         model.requires_grad_(False)
         size = config.image_size
-        frames = config.num_frames if num_frames is None else num_frames
-        pixel_values = torch.empty(1, frames, config.num_channels, size, size)
+        pixel_values = torch.empty(1, num_frames, config.num_channels, size, size)
     counter = count_flops(model, pixel_values)
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(model).__name__

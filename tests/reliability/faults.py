@@ -3,7 +3,8 @@
     python tests/reliability/faults.py --output results/reliability/faults.json
 
 Each strikes a run of six steps, with a checkpoint after each. Unless the run goes on, its newest checkpoint must still
-be there, and resumed without the fault it must end bit for bit as a run without any.
+be there, and resumed without the fault it must end bit for bit as a run without any. The full disk needs the right to
+mount one, and is left out without.
 """
 
 import os
@@ -11,7 +12,9 @@ import re
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +43,37 @@ def in_step(act: Callable, steps: tuple[int, ...] = (STEP,)) -> None:
     TrainingState.finish_step = replacement
 
 
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of 4 MiB at `folder`. Raises CalledProcessError where mounting one is not allowed."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    try:
+        with small_disk(folder):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
 def full_disk() -> None:
-    """No file may grow beyond 50 kB: the system's answer is EFBIG instead of ENOSPC."""
+    """Fill the file system that the run writes to."""
+
+    def fill() -> None:
+        with open("struck/filler", "wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+
+    in_step(fill)
+
+
+def limit_files() -> None:
+    """No file may grow beyond 50 kB, as a quota does it: the system's answer is EFBIG instead of ENOSPC."""
     in_step(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
 
 
@@ -92,9 +124,11 @@ class Fault(NamedTuple):
 def faults(work: Path) -> list[Fault]:
     told = {number: lambda number=number: tell_all(number) for number in (signal.SIGTERM, signal.SIGINT)}
     stopped = r"Stopped by {} after step 5; the same command with --resume true continues\."
+    part = r"error: \S+step_4\.part must be writable, got: "
     video = work / "videos" / "c" / "3.mp4"
     return [
-        Fault("full disk", full_disk, 1, r"error: .*step_4\.part must be writable, got: .*from \S+step_3\."),
+        Fault("full disk", full_disk, 1, part + r".*No space left.*; .*from \S+step_3\."),
+        Fault("limit on files", limit_files, 1, part + r".*File too large.*; .*from \S+step_3\."),
         Fault("read-only folder", read_only, 1, r"error: \S+ must be writable, got: Permission denied; .*"),
         Fault("video vanishes", lambda: in_step(video.unlink, (1,)), 0, r"1 broken videos\n.*3\.mp4: .*", "", False),
         Fault("worker dies", dead_worker, 1, "error: DataLoader workers must live, got process .*", "--num_workers 1"),
@@ -122,14 +156,17 @@ def strike(fault: Fault, flags: list, work: Path) -> dict:
     if fault.name == "read-only folder":
         folder.chmod(0o555)
     flags = [*flags, "--output_dir", folder, *fault.flags.split()]
-    status = run(flags, log, fault.before)
-    folder.chmod(0o755)
-    check(status == fault.status, f"{fault.name}: the status must be {fault.status}, got {status}: {log.read_text()}")
-    says = said(log, fault.message, work)
-    left = newest_checkpoint(folder)
-    if fault.resumes:
-        check(run([*flags, "--resume"], log) == 0, log.read_text())
-        check_end(work / "whole", folder)
+    with small_disk(folder) if fault.name == "full disk" else nullcontext():
+        status = run(flags, log, fault.before)
+        folder.chmod(0o755)
+        (folder / "filler").unlink(missing_ok=True)
+        wanted = f"{fault.name}: the status must be {fault.status}, got {status}: {log.read_text()}"
+        check(status == fault.status, wanted)
+        says = said(log, fault.message, work)
+        left = newest_checkpoint(folder)
+        if fault.resumes:
+            check(run([*flags, "--resume"], log) == 0, log.read_text())
+            check_end(work / "whole", folder)
     return {"fault": fault.name, "status": status, "says": says, "left": left and left.name}
 
 
@@ -154,6 +191,8 @@ def measure(work: Path) -> dict:
     kept = shutil.copytree(work / "videos", work / "kept")
     found = []
     for fault in faults(work):
+        if fault.name == "full disk" and not can_mount(work / "kept"):
+            continue
         found.append(strike(fault, flags, work))
         shutil.copytree(kept, work / "videos", dirs_exist_ok=True)
     found.append(vanished_file(flags, work))

@@ -3,36 +3,26 @@
     python tests/reliability/processes.py --output results/reliability/processes.json
 
 The same global batch in 1, 2 and 4 processes must give the same losses; a run of 4 processes that is resumed by 2 and
-then by 1 too; evaluation the same scores. A process that dies must take the job down with a message.
+then by 1 too; evaluation the same scores. A process that dies must take the job down with a message, and a job that a
+scheduler ends must save.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tiny import SCRIPTS, check, main, make_inputs, run, run_processes
+from tiny import check, main, make_inputs, run, run_processes
 
-from hf_inti.training.state import TrainingState
+from hf_inti.training.state import TrainingState, newest_checkpoint
 
 
 GLOBAL_BATCH = 4
-# A process that kills itself in its third step.
-DIES = """
-import os, runpy, signal, sys
-from hf_inti.training.state import TrainingState
-finish = TrainingState.finish_step
-def replacement(self):
-    finish(self)
-    if self.step == 3 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-TrainingState.finish_step = replacement
-sys.argv[0] = os.environ["TRAIN"]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+STRUCK = Path(__file__).with_name("struck.py")
 
 
 def losses(folder: Path) -> list[float]:
@@ -102,21 +92,38 @@ def evaluations(model: Path, videos: Path, work: Path) -> dict[int, list[float]]
     return found
 
 
-def time_to_fail(flags: list, work: Path) -> tuple[float, str]:
-    """Seconds from a process's death to the end of torchrun, at most, and the message's first line."""
-    (work / "dies.py").write_text(DIES)
-    flags = [*flags, "--batch_size", GLOBAL_BATCH // 2, "--output_dir", work / "dies"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", work / "dies.py"]
-    train_script = str(SCRIPTS / "train.py")
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "ACCELERATE_USE_CPU": "true", "TRAIN": train_script}
-    done = subprocess.run([*map(str, [*command, *flags])], env=environment, capture_output=True, text=True)
-    metrics = work / "dies" / "metrics.jsonl"
-    seconds = time.time() - metrics.stat().st_mtime
-    check(done.returncode != 0, "torchrun must fail")
-    lines = [line for line in done.stderr.splitlines() if "exitcode" in line and "-9" in line]
-    check(lines, f"torchrun must name what died, got {done.stderr}")
-    check(len(losses(work / "dies")) == 2, f"it must die before the third loss, got {losses(work / 'dies')}")
-    return seconds, lines[0].partition("] ")[2].partition(" (pid")[0]
+def struck(strike: str, flags: list, output: Path) -> tuple[str, float]:
+    """A job of two processes to which `strike` happens; what it prints, and seconds until it ends, at most."""
+    flags = [*flags, "--batch_size", GLOBAL_BATCH // 2, "--output_dir", output]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", STRUCK, *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "STRIKE": strike}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    check(done.returncode != 0, f"torchrun must fail after a {strike}")
+    seconds = time.time() - (output / "metrics.jsonl").stat().st_mtime
+    check(seconds < 60, f"it must end within a minute, got {seconds} s")
+    return done.stdout + done.stderr, seconds
+
+
+def death(flags: list, work: Path) -> dict:
+    """One of two processes dies: torchrun names it and ends."""
+    says, seconds = struck("death", flags, work / "death")
+    lines = [line for line in says.splitlines() if "exitcode" in line and "-9" in line]
+    check(lines, f"torchrun must name what died, got {says}")
+    check(len(losses(work / "death")) == 2, f"it must die before the third loss, got {losses(work / 'death')}")
+    return {"seconds_until_torchrun_fails": seconds, "torchrun_says": lines[0].partition("] ")[2].partition(" (pid")[0]}
+
+
+def scheduler(flags: list, work: Path) -> dict:
+    """A scheduler's SIGTERM to all processes of a job: it saves, once, and goes on as if nothing had been."""
+    output, flags = work / "scheduler", [*flags, "--num_workers", 1]
+    says, seconds = struck("signal", flags, output)
+    stopped = re.findall(r"^Stopped by SIGTERM after step (\d+);", says, re.MULTILINE)
+    check(len(stopped) == 1, f"it must say once that it saved, got {says}")
+    left = newest_checkpoint(output).name
+    check(left == f"step_{stopped[0]}", f"step {stopped[0]}, its last, must be saved, got {left}")
+    train(2, [*flags, "--resume"], output, work / "log")
+    apart = difference(losses(work / "of2"), losses(output))
+    return {"seconds_until_a_signal_ends": seconds, "left_by_a_signal": left, "loss_difference_signalled": apart}
 
 
 def long_run(work: Path, steps: int) -> list:
@@ -143,8 +150,7 @@ def measure(work: Path, steps: int, torchrun: int) -> dict:
     scores = evaluations(work / "of1" / "last", videos, work)
     result |= {f"evaluation_difference_{n}": difference(scores[1], scores[n]) for n in (2, 4)}
     if torchrun:
-        result["seconds_until_torchrun_fails"], result["torchrun_says"] = time_to_fail(flags, work)
-        check(result["seconds_until_torchrun_fails"] < 60, f"it must fail within a minute, got {result}")
+        result |= death(flags, work) | scheduler(flags, work)
     for name, value in result.items():
         if "difference" in name:
             limit = 1e-6 if name.startswith("evaluation") else 1e-5

@@ -41,10 +41,11 @@ def processes(found: dict) -> tuple[str, str, str, str]:
     apart = max(value for name, value in found.items() if name.startswith("loss_difference"))
     scores = max(value for name, value in found.items() if name.startswith("evaluation_difference"))
     return (
-        "1, 2 and 4 processes; 4, then 2, then 1 for one run; one of 2 dies",
+        "1, 2 and 4 processes; 4, then 2, then 1 for one run; one of 2 dies; SIGTERM to all of a job of 2",
         f"{found['steps']} steps",
         f"losses at most {apart:.0e} apart, scores {scores:.0e}; the job ended "
-        f"{found['seconds_until_torchrun_fails']:.0f} s after the death",
+        f"{found['seconds_until_torchrun_fails']:.0f} s after the death, and had saved when it ended "
+        f"{found['seconds_until_a_signal_ends']:.0f} s after the signal",
         "0",
     )
 
