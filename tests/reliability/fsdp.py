@@ -2,7 +2,8 @@
 
     python tests/reliability/fsdp.py --output results/reliability/fsdp.json
 
-The losses must be those of one process, and one process must load the model that is saved.
+The losses must be those of one process, also of a run that is stopped and resumed, and one process must load the model
+that is saved.
 """
 
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from processes import difference, long_run, losses, train
-from tiny import check, main
+from processes import GLOBAL_BATCH, difference, long_run, losses, stop_after, train
+from tiny import check, main, run_processes
 
 from hf_inti import InTIClipForVideoClassification
 
@@ -44,6 +45,21 @@ def shard_on_cpu() -> None:
     Accelerator.prepare = replacement
 
 
+def stopped_and_resumed(flags: list, work: Path, steps: int) -> list[float]:
+    """The losses of a run that leaves, and comes back from its sharded checkpoint, in the middle of an epoch."""
+
+    def stop() -> None:
+        shard_on_cpu()
+        stop_after(2 * steps // 5)
+
+    output = work / "resumed"
+    batch = ["--batch_size", GLOBAL_BATCH // 2, "--output_dir", output]
+    statuses = run_processes(2, [*flags, *batch], work / "log", stop, **FSDP)
+    check(statuses == [143, 143], f"both must end as by a signal, got {statuses}")
+    train(2, [*flags, "--resume"], output, work / "log", shard_on_cpu, **FSDP)
+    return losses(output)
+
+
 def logits(folder: Path) -> list[float]:
     """What a saved model says of noise. Weights would differ: AdamW moves keys' biases, which cancel, by rounding."""
     model = InTIClipForVideoClassification.from_pretrained(folder).eval()
@@ -60,6 +76,8 @@ def measure(work: Path, steps: int) -> dict:
     one, split = losses(work / "one"), losses(work / "split")
     result = {"steps": steps, "loss_first": one[0], "loss_last": one[-1], "loss_difference": difference(one, split)}
     check(result["loss_difference"] <= 1e-5, f"the losses must be those of one process, got {result}")
+    result["loss_difference_resumed"] = difference(split, stopped_and_resumed(flags, work, steps))
+    check(result["loss_difference_resumed"] <= 1e-6, f"a resumed run's losses must be the same, got {result}")
     result["logit_difference"] = difference(logits(work / "one" / "last"), logits(work / "split" / "last"))
     check(result["logit_difference"] <= 1e-4, f"the saved models must say the same, got {result}")
     return result

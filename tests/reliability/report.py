@@ -51,9 +51,14 @@ def processes(found: dict) -> tuple[str, str, str, str]:
 
 
 def fsdp(found: dict) -> tuple[str, str, str, str]:
-    apart = f"losses at most {found['loss_difference']:.0e} from one process's, saved models' logits "
-    apart += f"{found['logit_difference']:.0e}"
-    return "weights split over 2 processes with FSDP2 (gloo)", f"{found['steps']} steps", apart, "0"
+    apart = f"losses at most {found['loss_difference']:.0e} from one process's, resumed {found['loss_difference_resumed']:.0e} "
+    apart += f"from unstopped; saved models' logits {found['logit_difference']:.0e}"
+    return (
+        "weights split over 2 processes with FSDP2 (gloo); stopped and resumed",
+        f"{found['steps']} steps",
+        apart,
+        "0",
+    )
 
 
 def steady(found: dict) -> tuple[str, str, str, str]:
