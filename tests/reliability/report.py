@@ -51,12 +51,11 @@ def processes(found: dict) -> tuple[str, str, str, str]:
 
 
 def fsdp(found: dict) -> tuple[str, str, str, str]:
-    apart = f"losses at most {found['loss_difference']:.0e} from one process's, resumed {found['loss_difference_resumed']:.0e} "
-    apart += f"from unstopped; saved models' logits {found['logit_difference']:.0e}"
     return (
         "weights split over 2 processes with FSDP2 (gloo); stopped and resumed",
         f"{found['steps']} steps",
-        apart,
+        f"losses at most {found['loss_difference']:.0e} from one process's, and {found['loss_difference_resumed']:.0e} "
+        f"from an unstopped run's; saved models' logits {found['logit_difference']:.0e}",
         "0",
     )
 
