@@ -4,6 +4,7 @@ import base64
 import contextlib
 import importlib.util
 import io
+import json
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from conftest import TINY, write_video
+from forks import run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.hub import handler as source
 
@@ -383,6 +385,42 @@ def test_the_decoder_gets_no_token(module, repository, monkeypatch):
     with pytest.raises(OSError, match="enough"):
         module.Decoder("handler.py", str(repository)).start()
     assert "hf_secret" not in given[0].values()
+
+
+READ_ONLY = """
+import contextlib, importlib.util, io, json, resource, sys
+from pathlib import Path
+
+folder, expected = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("handler", folder + "/handler.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.EndpointHandler(folder).decode.close()  # transformers keeps the model's code in its cache
+before = sorted(Path.cwd().rglob("*"))
+body = Path(folder, "clip.mp4").read_bytes()
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+with contextlib.redirect_stderr(io.StringIO()):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limits[1]))  # what tempfile writes, to find a temporary folder
+    try:
+        handler = module.EndpointHandler(folder)
+        first = handler({"inputs": body})
+        handler.decode.close()  # as after a crash: the next request gets a new process
+        answers = [first, handler({"inputs": body})]
+        handler.decode.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+for answer in answers:
+    assert [row["label"] for row in answer] == json.loads(expected), answer
+assert sorted(Path.cwd().rglob("*")) == before
+"""
+
+
+@pytest.mark.slow
+def test_writes_nothing_once_the_code_is_there(handler, repository, tmp_path):
+    labels = [row["label"] for row in handler({"inputs": (repository / "clip.mp4").read_bytes()})]
+    places = {"HF_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    status, _, error = run_in_a_fork(READ_ONLY, repository, json.dumps(labels), cwd=tmp_path, **places)
+    assert status == 0, error
 
 
 def test_damaged_videos(handler, test_data):

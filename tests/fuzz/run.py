@@ -2,15 +2,17 @@
 
     python tests/fuzz/run.py --cases 20000 --output results/reliability/fuzz.json
 
-Seeded: a case is made from its number alone. Broken are small files of several containers, and those of --videos. Cases
-are decoded in forks, so that a crash is counted and the next case goes on; --keep saves what crashed, hung or failed
-otherwise. --output is written after every portion, and the same command continues from there.
+Seeded: a case is made from its number alone. Broken are small files of several containers, and those of --videos. What
+is read from memory passes the endpoint's check of size first. Cases are decoded in forks, so that a crash is counted
+and the next case goes on; --keep saves what crashed, hung or failed otherwise. --output is written after every portion,
+and the same command continues from there.
 """
 
 import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -28,6 +30,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from fuzz.mutations import mutate  # noqa: E402
 
+from hf_inti.hub.handler import MAX_PIXELS, MAX_SECONDS, check_size  # noqa: E402
 from hf_inti.measure import memory  # noqa: E402
 from hf_inti.measure.jobs import write_json  # noqa: E402
 from hf_inti.measure.records import provenance  # noqa: E402
@@ -35,6 +38,7 @@ from hf_inti.model.video_decoding import VideoDecodingError, VideoReader  # noqa
 
 
 SECONDS, WAITING, MEMORY, PORTION = 20, 600, 2 * 2**30, 250  # of the processor's time, of the clock's, bytes, cases
+ADVICE = re.compile("; (send|scale|cut) [^;]*\\.$")
 CPU = torch.device("cpu")
 KINDS = ("decoded", "refused", "too_large", "hung", "crashed", "failed")
 CONTAINERS = {"mp4": "libx264", "mkv": "mpeg4", "webm": "libvpx", "avi": "mpeg4", "ts": "mpeg2video", "mov": "mpeg4"}
@@ -53,12 +57,25 @@ def write_seed(path: Path, codec: str, width: int = 64) -> bytes:
     return path.read_bytes()
 
 
+def endpoint_refuses(data: bytes) -> bool:
+    """Whether the endpoint and the demo page refuse a video before they decode it, and say what to do."""
+    try:
+        check_size(data, MAX_SECONDS, MAX_PIXELS)
+    except ValueError as error:
+        if not ADVICE.search(str(error)):
+            raise
+        return True
+    return False
+
+
 def decode(data: bytes, folder: Path, draw: random.Random) -> str:
     """Read a few frames, as a file with some extension or from memory; returns what became of it."""
     source = data
     if draw.random() < 0.5:
         source = folder / f"case.{draw.choice(EXTENSIONS)}"
         source.write_bytes(data)
+    elif endpoint_refuses(data):
+        return "refused"
     try:
         with VideoReader(source) as reader:
             last = reader.num_frames - 1
