@@ -4,7 +4,6 @@ import os
 import random
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from misbehaving import Misbehaves
 
 from conftest import TINY, write_video
+from forks import ALL, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.bulk import isolation
 from hf_inti.bulk.decoding import ClipDecoder
@@ -203,19 +204,6 @@ def test_private_addresses_are_refused(loaded):
         assert "must be on the public internet" in row["error"] and not row["frames"]
 
 
-class Misbehaves:
-    """Does with a process what the clip asks for."""
-
-    def __call__(self, what: str) -> int:
-        if what == "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        elif what == "hang":
-            time.sleep(1000)
-        elif what == "fill":
-            torch.empty(2**31)  # 8 GiB, which nothing fills if there is no limit
-        return os.getpid()
-
-
 @pytest.mark.slow
 def test_a_clip_that_takes_the_process_with_it(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -329,9 +317,9 @@ def test_without_ray(folder, tmp_path):
     code = (
         "import runpy, sys; sys.modules['ray'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
     )
-    command = [sys.executable, "-c", code, script, folder / "model", folder / "videos", "--output_dir", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 1 and "pip install 'hf_inti[bulk]'" in done.stderr and done.stderr.startswith("error: ")
+    flags = (script, folder / "model", folder / "videos", "--output_dir", tmp_path)
+    status, _, error = run_in_a_fork(code, *flags, imported=ALL)
+    assert status == 1 and "pip install 'hf_inti[bulk]'" in error and error.startswith("error: ")
 
 
 def environment() -> dict[str, str]:
@@ -388,7 +376,7 @@ def start_bulk(address):
     """A function that starts scripts/bulk.py on the cluster."""
     started = []
 
-    def start(model: Path, output: Path, *places: Path) -> subprocess.Popen:
+    def start(model: Path, output: Path, *places: Path | str) -> subprocess.Popen:
         command = [sys.executable, ROOT / "scripts" / "bulk.py", model, *places, "--output_dir", output]
         command += ["--output", "features", "--shard_rows", "1", "--ray_address", address]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -406,7 +394,7 @@ def start_bulk(address):
 def test_two_nodes_a_kill_and_a_longer_list(folder, expected, start_bulk, tmp_path):
     """Killed when some shards are written, started again with more videos: each video once, computed once."""
     output = tmp_path / "out"
-    killed = start_bulk(folder / "model", output, folder / "videos")
+    killed = start_bulk(folder / "model", output, folder / "videos", "--models", "1")
     wait_for(lambda: list(output.glob("*.parquet")), [killed])
     time.sleep(random.uniform(0, 0.2))
     killed.kill()
@@ -435,7 +423,7 @@ def test_a_model_that_fails_stops_the_run(folder, start_bulk, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
     size = {"height": 16, "width": 16}
     InTIClipVideoProcessor(num_frames=8, crop_size=size).save_pretrained(tmp_path / "model")
-    failed = start_bulk(tmp_path / "model", tmp_path / "out", folder / "videos")
+    failed = start_bulk(tmp_path / "model", tmp_path / "out", folder / "videos", "--models", "1")
     _, errors = failed.communicate(timeout=PATIENCE)
     last = errors.strip().splitlines()[-1]
     assert failed.returncode == 1 and last.startswith("error: the model must take every batch, got "), errors

@@ -4,7 +4,6 @@ import csv
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -325,5 +324,5 @@ def test_scripts_start(name):
 @pytest.mark.slow
 def test_metrics_find_the_evaluate_library():
     code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import hf_inti.training.metrics as m; print(m.evaluate)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "site-packages" in done.stdout, done.stdout + done.stderr
+    _, out, error = run_in_a_fork(code)
+    assert "site-packages" in out, out + error

@@ -257,27 +257,6 @@ def test_save_and_load(tiny_config, tmp_path):
     assert {name for name, *_ in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
 
 
-def test_export_with_dynamic_batch_and_frames(tiny_config):
-    """Of the cube that is not the default, which test_export.py exports."""
-    options = {"compression_layers": [0, 1], "compression_options": {"cube": "dwconv"}}
-    model = InTIClipForVideoClassification(tiny_config(num_hidden_layers=2, **options)).eval()
-    randomise_new_parameters(model)
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixel_values):
-            return self.model(pixel_values).logits
-
-    dims = {0: torch.export.Dim("batch", min=1, max=64), 1: 4 * torch.export.Dim("quarter", min=3, max=16)}
-    program = torch.export.export(Logits(), (torch.randn(2, 16, 3, 32, 32),), dynamic_shapes={"pixel_values": dims})
-    for shape in ((1, 12), (3, 32)):
-        pixel_values = torch.randn(*shape, 3, 32, 32)
-        torch.testing.assert_close(program.module()(pixel_values), model(pixel_values).logits, rtol=0, atol=1e-6)
-
-
 def test_loss_follows_gradient_accumulation(tiny_config):
     """Trainer passes how many labels the whole accumulated batch has; the loss then is a sum over that many."""
     model = InTIClipForVideoClassification(tiny_config()).eval()

@@ -99,12 +99,17 @@ def resized(table, n):
     return torch.stack(out)
 
 
-def relative(query, place, key_place, grid, key_grid, params, name):
-    """MViTv2's relative positions: what is added to the logit of a query (d,) at its place on a key at its place."""
+def tables_of(grid, key_grid, params, name):
+    """MViTv2's relative positions along time, rows and columns, a vector (d,) for each distance."""
+    lengths = [2 * max(n, k) - 1 for n, k in zip(grid, key_grid, strict=True)]
+    return [resized(params[f"{name}.rel_pos_{letter}"], n) for letter, n in zip("thw", lengths, strict=True)]
+
+
+def relative(query, place, key_place, grid, key_grid, tables):
+    """What is added to the logit of a query (d,) at its place on a key at its place."""
     total = 0
-    for axis, letter in enumerate("thw"):
+    for axis, table in enumerate(tables):
         n, k = grid[axis], key_grid[axis]
-        table = resized(params[f"{name}.rel_pos_{letter}"], 2 * max(n, k) - 1)
         distance = place[axis] * max(k / n, 1.0) - (key_place[axis] + 1.0 - k) * max(n / k, 1.0)
         total = total + (query * table[int(distance)]).sum()
     return total
@@ -125,6 +130,7 @@ def attention(token, tokens, grid, params, name, heads, strides, v2):
             cls, vectors, new = conv_pool(cls, vectors, grid, params, f"{name}.pool_{'qkv'[part]}", stride, heads)
         parts.append((cls, vectors, new))
     (class_q, queries, new), (class_k, keys, key_grid), (class_v, values, _) = parts
+    tables = tables_of(new, key_grid, params, name) if v2 else []
     out, seen = {}, {}
     for place in [None, *places(new)]:
         query = class_q if place is None else queries[place]
@@ -136,7 +142,7 @@ def attention(token, tokens, grid, params, name, heads, strides, v2):
                 key = class_k if key_place is None else keys[key_place]
                 logit = (query[own] * key[own]).sum() / math.sqrt(d)
                 if v2 and place is not None and key_place is not None:
-                    logit = logit + relative(query[own], place, key_place, new, key_grid, params, name)
+                    logit = logit + relative(query[own], place, key_place, new, key_grid, tables)
                 logits.append(logit)
             shares = softmax(torch.stack(logits))
             everywhere = [class_v[own], *(values[p][own] for p in places(key_grid))]
