@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -37,7 +38,8 @@ from hf_inti import (
 from hf_inti.measure.costs import count_costs
 
 
-pytest.importorskip("gradio", reason="the demo page needs gradio: pip install -e '.[demo]'")
+# It is not imported here, which takes seconds in every process that collects tests.
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is missing: pip install -e '.[demo]'")
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
