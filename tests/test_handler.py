@@ -328,6 +328,31 @@ def test_limits_hold_for_every_stream(module):
         module.check_size(body.getvalue(), max_seconds=1, max_pixels=64 * 64)
 
 
+def test_streams_that_begin_in_the_middle(module, repository, monkeypatch):
+    """PyAV counts streams when it opens a file, and fails after the last packet if there are more: fuzzing found it."""
+    body, real = (repository / "clip.mp4").read_bytes(), av.open
+
+    class Container:
+        def __init__(self, *arguments, **options):
+            self.real = real(*arguments, **options)
+
+        def __enter__(self):
+            self.streams = self.real.streams
+            return self
+
+        def __exit__(self, *error):
+            self.real.close()
+
+        def demux(self, streams):
+            yield from self.real.demux(streams)
+            [][0]
+
+    monkeypatch.setattr(av, "open", Container)
+    module.check_size(body, 600, 10**6)
+    with pytest.raises(ValueError, match="must last at most 1 s"):
+        module.check_size(body, 1, 10**6)
+
+
 def test_what_says_that_it_is_too_large_is_not_downloaded(module, server, open_network, monkeypatch):
     read = []
     monkeypatch.setattr(module.HTTPResponse, "read1", lambda self, n=-1: read.append(n) or b"")
