@@ -107,6 +107,7 @@ def test_an_echo_of_sigterm_is_no_second_one(monkeypatch):
     """A scheduler signals every process, and torchrun then signals its own."""
     ended = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with Interruption() as interruption:
             signal.raise_signal(signal.SIGTERM)
@@ -122,3 +123,4 @@ def test_an_echo_of_sigterm_is_no_second_one(monkeypatch):
                 signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupts)
