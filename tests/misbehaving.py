@@ -1,4 +1,4 @@
-"""What takes a process with it. Nothing that takes time is imported: the process is started again and again."""
+"""Decoders and models of bulk inference that fail. Nothing that takes time is imported: processes start often."""
 
 import os
 import signal
@@ -16,3 +16,17 @@ class Misbehaves:
         elif what == "fill":
             bytearray(2**33)  # 8 GiB, which nothing fills if there is no limit
         return os.getpid()
+
+
+class Echo:
+    """A decoder that decodes nothing."""
+
+    def __call__(self, clip: dict) -> dict:
+        return {"video": clip["video"]}
+
+
+class Refuses:
+    """A model that takes no batch."""
+
+    def __call__(self, views):
+        raise ValueError(f"the crop must be 32, got 16 in {len(views)} videos")

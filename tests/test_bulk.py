@@ -3,7 +3,6 @@
 import os
 import random
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -324,7 +323,8 @@ def test_without_ray(folder, tmp_path):
 
 def environment() -> dict[str, str]:
     # Ray's processes are nice by default: beside other tests they would wait.
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
 
 # With Ray -----------------------------------------------------------------------------------------
@@ -416,15 +416,25 @@ def test_two_nodes_a_kill_and_a_longer_list(folder, expected, start_bulk, tmp_pa
             assert row["features"] is None and row["video"].endswith("broken.mp4")
 
 
+FAILS = """
+import sys
+from hf_inti.bulk.engine import Stage, cluster, make_plan, run_stages
+from hf_inti.data.unlabelled import Clip
+from misbehaving import Echo, Refuses
+
+with cluster(sys.argv[1]) as resources:
+    clips = [Clip(name, name) for name in "abc"]
+    try:
+        print(list(run_stages(clips, Stage(Echo, ()), Stage(Refuses, ()), make_plan(resources, models=1))))
+    except ValueError as error:
+        print(error)
+"""
+
+
 @pytest.mark.slow
 @with_ray
-def test_a_model_that_fails_stops_the_run(folder, start_bulk, tmp_path):
-    """Not a broken video: the processor crops to a size that the model does not take."""
-    shutil.copytree(folder / "model", tmp_path / "model")
-    size = {"height": 16, "width": 16}
-    InTIClipVideoProcessor(num_frames=8, crop_size=size).save_pretrained(tmp_path / "model")
-    failed = start_bulk(tmp_path / "model", tmp_path / "out", folder / "videos", "--models", "1")
-    _, errors = failed.communicate(timeout=PATIENCE)
-    last = errors.strip().splitlines()[-1]
-    assert failed.returncode == 1 and last.startswith("error: the model must take every batch, got "), errors
-    assert "16" in last and not rows_of(tmp_path / "out")
+def test_a_model_that_fails_stops_the_run(address):
+    """Not a broken video: nothing is tried again, and one line says why."""
+    status, out, error = run_in_a_fork(FAILS, address)
+    wanted = "the model must take every batch, got ValueError: the crop must be 32, got 16 in 1 videos; a smaller "
+    assert status == 0 and out == wanted + "batch_size may do.\n", out + error
