@@ -32,6 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 		|| { echo "Python 3.11 or newer is needed: give make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv: this takes a few minutes once"
 	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip  # newer ones resolve in half the time
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch)
 	$(PIP) -e ".[test]"
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX),$(PIP)) --no-deps --upgrade --target .venv/torchvision torchvision
