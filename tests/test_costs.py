@@ -7,10 +7,12 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_inti import InTIClipVisionConfig
-from hf_inti.measure.costs import count_costs
+from hf_inti import InTIClipForVideoClassification, InTIClipVisionConfig
+from hf_inti.measure.costs import count_costs, count_flops
 from hf_inti.measure.records import source_line
+from hf_inti.model.compression import COMPRESSIONS
 from hf_inti.papers.published import REASONS, TABLES
 from hf_inti.papers.published_hosts import HOST_REASONS, HOST_TABLES, HostTable
 
@@ -104,6 +106,20 @@ def test_compression_with_temporal_modules(method, r):
         total = count("B", compression=method, **options, **adaptation)
         assert total.gmacs == pytest.approx(gflops - 0.35, abs=0.5)
         assert total.mparams == pytest.approx(114.55 if adaptation is UNIFORMERV2 else 161.81, abs=0.01)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("adaptation", ["none", "uniformerv2", "st_adapter"])
+def test_shapes_are_counted_as_numbers_are(compression, adaptation, tiny_config):
+    """On the meta device, where the commonest operations are answered by their shapes, as on the CPU."""
+    config = tiny_config(compression=compression, adaptation=adaptation)
+    counts = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = InTIClipForVideoClassification._from_config(config, attn_implementation="eager").eval()
+            counter = count_flops(model.requires_grad_(False), torch.zeros(1, 8, 3, 32, 32))
+        counts.append({name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
+    assert counts[0] == counts[1] and counts[0]["Global"] > 0
 
 
 # What `compare.py` prints -------------------------------------------------------------------------
