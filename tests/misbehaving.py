@@ -14,7 +14,7 @@ class Misbehaves:
         elif what == "hang":
             time.sleep(1000)
         elif what == "fill":
-            bytearray(2**33)  # 8 GiB, which nothing fills if there is no limit
+            bytes(2**33)  # 8 GiB, which nothing fills if there is no limit
         return os.getpid()
 
 

@@ -416,25 +416,28 @@ def test_two_nodes_a_kill_and_a_longer_list(folder, expected, start_bulk, tmp_pa
             assert row["features"] is None and row["video"].endswith("broken.mp4")
 
 
+# Light actors in place of those that decode and compute.
 FAILS = """
-import sys
-from hf_inti.bulk.engine import Stage, cluster, make_plan, run_stages
-from hf_inti.data.unlabelled import Clip
+import runpy, sys
+from hf_inti.bulk.engine import Stage
 from misbehaving import Echo, Refuses
+import hf_inti.bulk.run
 
-with cluster(sys.argv[1]) as resources:
-    clips = [Clip(name, name) for name in "abc"]
-    try:
-        print(list(run_stages(clips, Stage(Echo, ()), Stage(Refuses, ()), make_plan(resources, models=1))))
-    except ValueError as error:
-        print(error)
+hf_inti.bulk.run.stages_of = lambda *arguments: (Stage(Echo, ()), Stage(Refuses, ()))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.slow
 @with_ray
-def test_a_model_that_fails_stops_the_run(address):
-    """Not a broken video: nothing is tried again, and one line says why."""
-    status, out, error = run_in_a_fork(FAILS, address)
-    wanted = "the model must take every batch, got ValueError: the crop must be 32, got 16 in 1 videos; a smaller "
-    assert status == 0 and out == wanted + "batch_size may do.\n", out + error
+def test_a_model_that_fails_stops_the_run(folder, address, tmp_path):
+    """Not a broken video: one line says why."""
+    flags = ("--output_dir", tmp_path, "--ray_address", address, "--models", 1, "--batch_size", 1)
+    script = ROOT / "scripts" / "bulk.py"
+    status, _, error = run_in_a_fork(FAILS, script, folder / "model", folder / "videos", *flags, imported=ALL)
+    wanted = (
+        "error: the model must take every batch, got ValueError: the crop must be 32, got 16 in 1 videos; a smaller "
+    )
+    assert status == 1 and error.splitlines()[-1] == wanted + "batch_size may do.", error
+    assert not rows_of(tmp_path)

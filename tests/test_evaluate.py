@@ -311,11 +311,12 @@ def test_the_script_on_reversed_frames(folder, tmp_path, monkeypatch):
 def test_scripts_start(name):
     """As processes of their own: scripts/ is then first on the path, where evaluate.py hides the evaluate library.
 
-    Nobody starts demo_clips.py but demo_app.py.
+    The two that use it import it there; the others find the libraries imported, for time. Nobody starts demo_clips.py
+    but demo_app.py.
     """
     if name == "demo_app.py":
         pytest.importorskip("gradio")
-    imported = HEAVY if name in ("train.py", "evaluate.py") else ALL  # with the library, for time
+    imported = HEAVY if name in ("train.py", "evaluate.py") else ALL
     status, out, error = run_in_a_fork(SCRIPTS / name, "--help", imported=imported)
     assert status == 0, error
     assert out.startswith(f"usage: {name} ")

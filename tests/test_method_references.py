@@ -39,16 +39,20 @@ def tower(tiny_config):
 
 
 def clips(T: int = 4) -> torch.Tensor:
-    """One: that clips of a batch are independent is tested in test_methods.py."""
+    """One, which takes a reference long enough."""
     return torch.randn(1, T, 3, 32, 32, dtype=torch.float64)
 
 
 def compare(model, pixel_values, feature, tokens=None):
+    """The model gets two clips, of which each must come out as it does alone."""
+    other = torch.randn_like(pixel_values)
     with torch.no_grad():
-        out = model(pixel_values)
-    assert_close(out.pooler_output, feature, rtol=0, atol=1e-9)
+        out, alone = model(torch.cat([pixel_values, other])), model(other)
+    assert_close(out.pooler_output[:1], feature, rtol=0, atol=1e-9)
+    assert_close(out.pooler_output[1:], alone.pooler_output, rtol=0, atol=1e-9)
     if tokens is not None:
-        assert_close(out.last_hidden_state, tokens, rtol=0, atol=1e-9)
+        assert_close(out.last_hidden_state[:1], tokens, rtol=0, atol=1e-9)
+        assert_close(out.last_hidden_state[1:], alone.last_hidden_state, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["linear_pooling", "conv_pooling"])

@@ -158,7 +158,7 @@ def few_blocks(compression: str) -> dict:
 
 # A backend takes each method once, with its backward pass. Others are traced alone, which takes half as long: the pairs
 # with the adaptation that asks most of a compression.
-PREPARED = [(name, "none") for name in COMPRESSIONS if name not in ("none", "inti")]
+PREPARED = [(name, "none") for name in COMPRESSIONS if name != "none"]
 PREPARED += [("none", "uniformerv2"), ("inti", "aim"), ("inti", "st_adapter"), ("inti", "zeroi2v")]
 COMPILED = [pair for pair in ALLOWED if pair in PREPARED or pair[1] == "uniformerv2"]
 

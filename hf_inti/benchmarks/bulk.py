@@ -110,7 +110,7 @@ def measure(args: BulkArguments, name: str, clips: Sequence[Clip]) -> dict[str, 
             "decoding": lambda: time_decoding(clips * REPEATED, decoder, cores),
             "model": lambda: time_model(row, compute, len(clips) // 4, plan.batch_size),
         }
-        # All cores decode, as in front of a fast GPU. Each video comes often, since it takes milliseconds.
+        # All cores decode, as in front of a fast GPU. Clips are repeated, because one decodes in milliseconds.
         instant = decoder, Stage(SlowModel, (Result("features", 1), 0.0))
         jobs["instant"] = partial(time_stages, clips * REPEATED, instant, plan._replace(decoders=cores))
         for n in ACTORS:

@@ -15,9 +15,9 @@ from ..model.modeling_inti_clip import InTIClipForVideoClassification
 
 
 aten = torch.ops.aten
-ELEMENTWISE = {aten.add.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.clone.default}
-ELEMENTWISE |= {aten.gelu.default, aten.sigmoid.default, aten._softmax.default, aten._safe_softmax.default}
-ELEMENTWISE |= {aten.roll.default}
+# Whose output has the inputs' shape, broadcast.
+SAME_SHAPE = {aten.add.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.gelu.default}
+SAME_SHAPE |= {aten.sigmoid.default, aten._softmax.default, aten._safe_softmax.default}
 # Where a module's operations belong, by the module's path in InTIClipForVideoClassification.
 PARTS = {
     "patch embedding": "vision_model.embeddings",
@@ -44,18 +44,21 @@ class Cost(NamedTuple):
 
 
 class _ShapesAlone(TorchDispatchMode):
-    """Answers what models call most by shapes: the meta device's own answers, in Python, take twice the time in all."""
+    """Answers the most frequent operators with the output's shape alone: torch's own answers double a count's time."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if func in ELEMENTWISE and len({tensor.dtype for tensor in tensors}) == 1:
-            return tensors[0].new_empty(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
-        if func is aten.addmm.default:
-            return args[0].new_empty(args[1].shape[0], args[2].shape[1])
-        if func is aten.bmm.default:
-            return args[0].new_empty(*args[0].shape[:2], args[1].shape[2])
-        if func is aten.native_layer_norm.default:
-            return tuple(args[0].new_empty(shape) for shape in (args[0].shape, (0,), (0,)))  # statistics: not read
+        if {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("meta", torch.float32)}:
+            if func in SAME_SHAPE:
+                shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+                # Of the same strides, too, by which a view may fail.
+                return torch.empty_like(tensors[0]) if tensors[0].shape == shape else tensors[0].new_empty(shape)
+            if func is aten.addmm.default:
+                return args[0].new_empty(args[1].shape[0], args[2].shape[1])
+            if func is aten.bmm.default:
+                return args[0].new_empty(*args[0].shape[:2], args[1].shape[2])
+            if func is aten.native_layer_norm.default:
+                return tuple(args[0].new_empty(shape) for shape in (args[0].shape, (0,), (0,)))  # nobody reads the rest
         return func(*args, **(kwargs or {}))
 
 

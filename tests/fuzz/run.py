@@ -74,9 +74,9 @@ def decode(data: bytes, folder: Path, draw: random.Random) -> str:
     if draw.random() < 0.5:
         source = folder / f"case.{draw.choice(EXTENSIONS)}"
         source.write_bytes(data)
-    elif endpoint_refuses(data):
-        return "refused"
     try:
+        if source is data and endpoint_refuses(data):
+            return "refused"
         with VideoReader(source) as reader:
             last = reader.num_frames - 1
             reader.read([0, last // 2, last])

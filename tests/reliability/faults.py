@@ -4,7 +4,7 @@
 
 Each strikes a run of six steps, with a checkpoint after each. Unless the run goes on, its newest checkpoint must still
 be there, and resumed without the fault it must end bit for bit as a run without any. The full disk needs the right to
-mount one, and is left out without.
+mount one, and is skipped otherwise.
 """
 
 import os
@@ -50,12 +50,13 @@ def small_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def can_mount(folder: Path) -> bool:
+def can_mount(work: Path) -> bool:
+    (work / "probe").mkdir()
     try:
-        with small_disk(folder):
+        with small_disk(work / "probe"):
             return True
     except (OSError, subprocess.CalledProcessError):
         return False
@@ -191,7 +192,7 @@ def measure(work: Path) -> dict:
     kept = shutil.copytree(work / "videos", work / "kept")
     found = []
     for fault in faults(work):
-        if fault.name == "full disk" and not can_mount(work / "kept"):
+        if fault.name == "full disk" and not can_mount(work):
             continue
         found.append(strike(fault, flags, work))
         shutil.copytree(kept, work / "videos", dirs_exist_ok=True)

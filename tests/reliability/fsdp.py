@@ -12,7 +12,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from processes import GLOBAL_BATCH, difference, long_run, losses, stop_after, train
+from processes import (
+    GLOBAL_BATCH,
+    RARELY,
+    check_resumed,
+    difference,
+    long_run,
+    losses,
+    saved_step,
+    stop_after,
+    train,
+    within_an_epoch,
+)
 from tiny import check, main, run_processes
 
 from hf_inti import InTIClipForVideoClassification
@@ -50,13 +61,15 @@ def stopped_and_resumed(flags: list, work: Path, steps: int) -> list[float]:
 
     def stop() -> None:
         shard_on_cpu()
-        stop_after(2 * steps // 5)
+        stop_after(within_an_epoch(2 * steps // 5))
 
-    output = work / "resumed"
+    output, flags = work / "resumed", [*flags, *RARELY]
     batch = ["--batch_size", GLOBAL_BATCH // 2, "--output_dir", output]
     statuses = run_processes(2, [*flags, *batch], work / "log", stop, **FSDP)
     check(statuses == [143, 143], f"both must end as by a signal, got {statuses}")
+    saved = saved_step(output)
     train(2, [*flags, "--resume"], output, work / "log", shard_on_cpu, **FSDP)
+    check_resumed(output, saved)
     return losses(output)
 
 

@@ -22,6 +22,8 @@ from hf_inti.training.state import TrainingState, newest_checkpoint
 
 
 GLOBAL_BATCH = 4
+EPOCH = 3  # steps
+RARELY = ["--checkpoint_every_steps", 1000]  # so that what is left is what a stop saved
 STRUCK = Path(__file__).with_name("struck.py")
 
 
@@ -46,7 +48,7 @@ def train(processes: int, flags: list, output: Path, log: Path, before=lambda: N
 
 
 def stop_after(steps: int) -> None:
-    """End the run as a signal would."""
+    """End the run as a signal would, after the step that follows."""
     finish = TrainingState.finish_step
 
     def replacement(self):
@@ -57,12 +59,29 @@ def stop_after(steps: int) -> None:
     TrainingState.finish_step = replacement
 
 
+def within_an_epoch(step: int) -> int:
+    """Where to call `stop_after`: at this step or the next."""
+    return step + ((step + 1) % EPOCH == 0)
+
+
+def saved_step(output: Path) -> int:
+    """Of the checkpoint that a stop left in the middle of an epoch."""
+    progress = json.loads((newest_checkpoint(output) / "progress.json").read_text())
+    check(progress["batches"] > 0, f"it must stop in the middle of an epoch, got {progress}")
+    return progress["step"]
+
+
+def check_resumed(output: Path, step: int) -> None:
+    resumed = json.loads((output / "run.json").read_text())["resumed_at_step"]
+    check(resumed == step, f"it must go on from step {step}, got {resumed}")
+
+
 def resumed_by_others(flags: list, work: Path, steps: int) -> list[float]:
     """The losses of a run of 4 processes that 2 go on with in the middle of an epoch, and then 1."""
-    output = work / "resumed"
+    output, saved = work / "resumed", 0
     for processes, stop in ((4, 2 * steps // 5), (2, 7 * steps // 10), (1, None)):
-        batch = ["--batch_size", GLOBAL_BATCH // processes, "--output_dir", output, "--resume"]
-        before = (lambda stop=stop: stop_after(stop)) if stop else lambda: None
+        batch = ["--batch_size", GLOBAL_BATCH // processes, "--output_dir", output, "--resume", *RARELY]
+        before = (lambda stop=stop: stop_after(within_an_epoch(stop))) if stop else lambda: None
         log = work / "log"
         if processes == 1:
             statuses = [run([*flags, *batch], log)]
@@ -70,6 +89,9 @@ def resumed_by_others(flags: list, work: Path, steps: int) -> list[float]:
             statuses = run_processes(processes, [*flags, *batch], log, before)
         wanted = 143 if stop else 0
         check(set(statuses) == {wanted}, f"{processes} processes must end with {wanted}, got {statuses}")
+        if saved:
+            check_resumed(output, saved)
+        saved = saved_step(output) if stop else None
     return losses(output)
 
 
@@ -93,15 +115,17 @@ def evaluations(model: Path, videos: Path, work: Path) -> dict[int, list[float]]
 
 
 def struck(strike: str, flags: list, output: Path) -> tuple[str, float]:
-    """A job of two processes to which `strike` happens; what it prints, and seconds until it ends, at most."""
+    """A job of two processes to which `strike` happens; what it prints, and seconds from then to its end."""
     flags = [*flags, "--batch_size", GLOBAL_BATCH // 2, "--output_dir", output]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", STRUCK, *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "STRIKE": strike}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
-    check(done.returncode != 0, f"torchrun must fail after a {strike}")
-    seconds = time.time() - (output / "metrics.jsonl").stat().st_mtime
+    at = output.with_name(f"{output.name}_struck")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "STRIKE": strike, "STRUCK_AT": str(at)}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
+    end, says = time.time(), done.stdout + done.stderr
+    check(at.exists() and done.returncode != 0, f"torchrun must fail after a {strike}, got {done.returncode}: {says}")
+    seconds = end - at.stat().st_mtime
     check(seconds < 60, f"it must end within a minute, got {seconds} s")
-    return done.stdout + done.stderr, seconds
+    return says, seconds
 
 
 def death(flags: list, work: Path) -> dict:
@@ -115,15 +139,15 @@ def death(flags: list, work: Path) -> dict:
 
 def scheduler(flags: list, work: Path) -> dict:
     """A scheduler's SIGTERM to all processes of a job: it saves, once, and goes on as if nothing had been."""
-    output, flags = work / "scheduler", [*flags, "--num_workers", 1]
+    output, flags = work / "scheduler", [*flags, "--num_workers", 1, *RARELY]
     says, seconds = struck("signal", flags, output)
     stopped = re.findall(r"^Stopped by SIGTERM after step (\d+);", says, re.MULTILINE)
-    check(len(stopped) == 1, f"it must say once that it saved, got {says}")
-    left = newest_checkpoint(output).name
-    check(left == f"step_{stopped[0]}", f"step {stopped[0]}, its last, must be saved, got {left}")
+    saved = saved_step(output)
+    check(stopped == [str(saved)], f"it must say once that it saved step {saved}, got {says}")
     train(2, [*flags, "--resume"], output, work / "log")
+    check_resumed(output, saved)
     apart = difference(losses(work / "of2"), losses(output))
-    return {"seconds_until_a_signal_ends": seconds, "left_by_a_signal": left, "loss_difference_signalled": apart}
+    return {"seconds_until_a_signal_ends": seconds, "saved_at_a_signal": saved, "loss_difference_signalled": apart}
 
 
 def long_run(work: Path, steps: int) -> list:

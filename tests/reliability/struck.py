@@ -1,4 +1,4 @@
-"""scripts/train.py in torchrun's processes, to which STRIKE happens after the third step.
+"""scripts/train.py in torchrun's processes, to which STRIKE happens after the third step; STRUCK_AT is then touched.
 
 "death": the second process dies. "signal": a scheduler ends the job, and sends SIGTERM to every process of it.
 """
@@ -7,6 +7,7 @@ import os
 import runpy
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -23,19 +24,25 @@ STEP = 3
 
 def die() -> None:
     if os.environ["RANK"] == "1":
+        Path(os.environ["STRUCK_AT"]).touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def signal_job() -> None:
     """From another process: torchrun, its processes, and their data workers get it."""
-    if os.environ["RANK"] == "0" and (sender := os.fork()) == 0:
-        torchrun = psutil.Process(os.getppid()).parent()
-        for process in [torchrun, *torchrun.children(recursive=True)]:
-            if process.pid != os.getpid():
-                process.send_signal(signal.SIGTERM)
-        os._exit(0)
-    elif os.environ["RANK"] == "0":
-        os.waitpid(sender, 0)
+    if os.environ["RANK"] != "0":
+        return
+    if (sender := os.fork()) == 0:
+        try:
+            Path(os.environ["STRUCK_AT"]).touch()
+            torchrun = psutil.Process(os.getppid()).parent()
+            for process in [torchrun, *torchrun.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    if process.pid != os.getpid():
+                        process.send_signal(signal.SIGTERM)
+        finally:
+            os._exit(0)
+    os.waitpid(sender, 0)
 
 
 def main() -> None:
