@@ -58,7 +58,7 @@ def write_seed(path: Path, codec: str, width: int = 64) -> bytes:
 
 
 def endpoint_refuses(data: bytes) -> bool:
-    """Whether the endpoint and the demo page refuse a video before they decode it, and say what to do."""
+    """Whether the endpoint refuses a video before it decodes it, and says what to do."""
     try:
         check_size(data, MAX_SECONDS, MAX_PIXELS)
     except ValueError as error:
