@@ -230,12 +230,6 @@ class BaseHost:
                 del module.forward
 
 
-def tokens_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x (B, N, C) at `index` (B, M) of its tokens: (B, M, C). It moves whole rows, and is faster than `gather`."""
-    first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
-    return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape)
-
-
 def first(output) -> torch.Tensor:
     """The tokens in a block's output."""
     return output[0] if isinstance(output, tuple) else output

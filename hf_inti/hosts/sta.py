@@ -13,8 +13,9 @@ from ..model.compression_sta import (
     prune,
     stage_blocks,
 )
+from ..model.layers import tokens_at
 from ..model.methods import is_count
-from .contract import BaseHost, Current, Feature, Hook, first, tokens_at, with_first
+from .contract import BaseHost, Current, Feature, Hook, first, with_first
 
 
 RELEASED = "released"  # the authors' code's schedule, which the paper does not have

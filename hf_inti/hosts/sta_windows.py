@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..model.compression_sta import cells_for, check_choices, directions, draw_for, prune
+from ..model.layers import tokens_at
 from ..model.methods import is_count
-from .contract import BaseHost, Current, Hook, PreHook, tokens_at
+from .contract import BaseHost, Current, Hook, PreHook
 from .sta import RANDOM, random_tokens
 from .videoswin import WindowTokens, fill, nearest_kept
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .contract import BaseHost, Current, Forward, Hook, PreHook, tokens_at
+from ..model.layers import tokens_at
+from .contract import BaseHost, Current, Forward, Hook, PreHook
 
 
 OUTSIDE = -100.0  # what torchvision adds to the logits between parts of a window that are no neighbours

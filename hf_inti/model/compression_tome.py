@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .layers import tokens_at
 from .methods import Compression, TokenState, Tower
 
 
@@ -18,7 +19,8 @@ class Matching(NamedTuple):
     """Which tokens become one.
 
     `target` (B, N): the output index, below `num_tokens`, of each token. In the paper's terms: `unm_idx` (B, U) and
-    `src_idx` (B, r), the most similar first, index the even places, `dst_idx` (B, r) the odd ones.
+    `src_idx` (B, r), the most similar first, index the even places, `dst_idx` (B, r) the odd ones. With `every` = k
+    every k-th token is one of the latter instead.
     """
 
     target: torch.Tensor
@@ -26,6 +28,18 @@ class Matching(NamedTuple):
     unm_idx: torch.Tensor
     src_idx: torch.Tensor
     dst_idx: torch.Tensor
+    every: int = 2
+
+    def places(self, idx: torch.Tensor) -> torch.Tensor:
+        """Indices of those that are no destinations -> their places among all tokens."""
+        return idx + idx // max(self.every - 1, 1)
+
+    def survivors(self) -> torch.Tensor:
+        """The place of the token that each output token was, a merged one its destination (B, num_tokens)."""
+        B, N = self.target.shape
+        dst = torch.arange(self.every - 1, N, self.every, device=self.target.device).expand(B, -1)
+        survivors = torch.cat([self.places(self.unm_idx), dst], dim=1)
+        return torch.empty_like(survivors).scatter(1, self.target.gather(1, survivors), survivors)
 
 
 @torch.no_grad()
@@ -87,7 +101,7 @@ def kth_bipartite_soft_matching(metric: torch.Tensor, k: int) -> Matching:
     own = torch.arange(groups, device=metric.device).expand(B, groups)
     target = torch.cat([dst_idx.unflatten(1, (groups, k - 1)), own[..., None]], dim=-1).flatten(1)
     src_idx = torch.arange(src.shape[1], device=metric.device).expand(B, -1)
-    return Matching(target, groups, src_idx[:, :0], src_idx, dst_idx)
+    return Matching(target, groups, src_idx[:, :0], src_idx, dst_idx, every=k)
 
 
 def merge(x: torch.Tensor, matching: Matching, mode: str = "mean") -> torch.Tensor:
@@ -104,17 +118,22 @@ def merge(x: torch.Tensor, matching: Matching, mode: str = "mean") -> torch.Tens
 
 
 def merge_weighted(x: torch.Tensor, size: torch.Tensor, matching: Matching) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of tokens (B, N, C) weighted by their sizes (B, N, 1) -> tokens, sizes, which are summed."""
+    """Means of tokens (B, N, C) weighted by their sizes (B, N, 1) -> tokens, sizes, which are summed.
+
+    Only the tokens merged away are computed with; whole rows of the others are moved.
+    """
+    src = matching.places(matching.src_idx)
+    dst = matching.target.gather(1, src)
     total = merge(size, matching, "sum")
-    return merge(x * size.to(x.dtype), matching, "sum") / total.to(x.dtype), total
+    share = (size.gather(1, src[..., None]) / total.gather(1, dst[..., None])).to(x.dtype)
+    out = tokens_at(x, matching.survivors())
+    step = share * (tokens_at(x, src) - tokens_at(out, dst))  # from the destination towards the mean
+    return out.scatter_add(1, dst[..., None].expand_as(step), step), total
 
 
 def merge_places(places: torch.Tensor, matching: Matching) -> torch.Tensor:
     """Places of tokens (B, N) -> (B, num_tokens): a merged token takes its destination's, so that none is shared."""
-    odd = torch.arange(1, places.shape[1], 2, device=places.device).expand(places.shape[0], -1)
-    survivors = torch.cat([2 * matching.unm_idx, odd], dim=1)
-    index = matching.target.gather(1, survivors)
-    return places.new_zeros(places.shape[0], matching.num_tokens).scatter(1, index, places.gather(1, survivors))
+    return places.gather(1, matching.survivors())
 
 
 def unmerge(x: torch.Tensor, matching: Matching) -> torch.Tensor:
@@ -122,7 +141,7 @@ def unmerge(x: torch.Tensor, matching: Matching) -> torch.Tensor:
 
     N is that of `target`: tokens dropped by `kth_bipartite_soft_matching` do not come back.
     """
-    return x.gather(1, matching.target[..., None].expand(-1, -1, x.shape[-1]))
+    return tokens_at(x, matching.target)
 
 
 def merge_source(matching: Matching, source: torch.Tensor | None = None) -> torch.Tensor:

@@ -42,6 +42,12 @@ def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
     return total.permute(0, 1, 3, 4, 2)
 
 
+def tokens_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x (B, N, C) at `index` (B, M) of its tokens: (B, M, C). It moves whole rows, and is faster than `gather`."""
+    first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape)
+
+
 def to_grid(patches: torch.Tensor, state: TokenState) -> torch.Tensor:
     """Patch tokens (B, T, N', C) -> (B, T, h, w, C), each at its place and zeros at places without a token."""
     if state.positions is not None:
