@@ -65,9 +65,18 @@ def test_broken_videos_are_decoded_or_refused():
     assert found["decoded"] > 20 and found["refused"] > 20 and len(found["by_mutation"]) == len(ANY + STRUCTURED)
 
 
+def test_broken_videos_are_read_as_the_endpoint_and_the_page_read_them(tmp_path, monkeypatch):
+    data = fuzz.write_seed(tmp_path / "seed.mkv", "mpeg4")
+    assert [fuzz.decode(data, way, tmp_path / "case.txt") for way in fuzz.WAYS] == ["decoded"] * 3
+    monkeypatch.setattr(fuzz, "MAX_SECONDS", 0)
+    assert [fuzz.decode(data, way, tmp_path / "case.txt") for way in fuzz.WAYS] == ["decoded", "refused", "decoded"]
+    monkeypatch.setattr(fuzz, "PAGE", {"max_seconds": 0, "max_pixels": 0})
+    assert [fuzz.decode(data, way, tmp_path / "case.txt") for way in fuzz.WAYS] == ["decoded", "refused", "refused"]
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_what_hangs_is_tried_once_more(tmp_path, monkeypatch):
-    def decode(data: bytes, folder: Path, draw) -> str:
+    def decode(data: bytes, way: str, path: Path) -> str:
         """Case 1 hangs the first time, case 3 always."""
         case = int(data)
         if case == 3 or (case == 1 and not (tmp_path / "once").exists()):

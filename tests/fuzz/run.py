@@ -2,10 +2,10 @@
 
     python tests/fuzz/run.py --cases 20000 --output results/reliability/fuzz.json
 
-Seeded: a case is made from its number alone. Broken are small files of several containers, and those of --videos. What
-is read from memory passes the endpoint's check of size first. Cases are decoded in forks, so that a crash is counted
-and the next case goes on; --keep saves what crashed, hung or failed otherwise. --output is written after every portion,
-and the same command continues from there.
+Seeded: a case is made from its number alone. Broken are small files of several containers, and those of --videos. A
+third is read from files, and a third each as the endpoint and the demo page do, which check sizes first. Cases are
+decoded in forks, so that a crash is counted and the next case goes on; --keep saves what crashed, hung or failed
+otherwise. --output is written after every portion, and the same command continues from there.
 """
 
 import hashlib
@@ -23,11 +23,12 @@ from collections import Counter
 from pathlib import Path
 
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parents[n]) for n in (1, 2)] + [str(Path(__file__).parents[2] / "scripts")]
 
 import av  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from demo_clips import open_clip  # noqa: E402
 from fuzz.mutations import mutate  # noqa: E402
 
 from hf_inti.hub.handler import MAX_PIXELS, MAX_SECONDS, check_size  # noqa: E402
@@ -39,6 +40,8 @@ from hf_inti.model.video_decoding import VideoDecodingError, VideoReader  # noqa
 
 SECONDS, WAITING, MEMORY, PORTION = 20, 600, 2 * 2**30, 250  # of the processor's time, of the clock's, bytes, cases
 ADVICE = re.compile("; (send|scale|cut) [^;]*\\.$")
+PAGE = {"max_seconds": 120.0, "max_pixels": 4096 * 2304}  # demo_app.py's defaults
+WAYS = ("file", "endpoint", "page")
 CPU = torch.device("cpu")
 KINDS = ("decoded", "refused", "too_large", "hung", "crashed", "failed")
 CONTAINERS = {"mp4": "libx264", "mkv": "mpeg4", "webm": "libvpx", "avi": "mpeg4", "ts": "mpeg2video", "mov": "mpeg4"}
@@ -68,14 +71,16 @@ def endpoint_refuses(data: bytes) -> bool:
     return False
 
 
-def decode(data: bytes, folder: Path, draw: random.Random) -> str:
-    """Read a few frames, as a file with some extension or from memory; returns what became of it."""
+def decode(data: bytes, way: str, path: Path) -> str:
+    """Read a few frames, from the file `path` or as someone does who gets it under this name; what became of it."""
     source = data
-    if draw.random() < 0.5:
-        source = folder / f"case.{draw.choice(EXTENSIONS)}"
-        source.write_bytes(data)
     try:
-        if source is data and endpoint_refuses(data):
+        if way == "file":
+            source = path
+            source.write_bytes(data)
+        elif way == "page":
+            source = open_clip(data, path.name, **PAGE)
+        elif endpoint_refuses(data):
             return "refused"
         with VideoReader(source) as reader:
             last = reader.num_frames - 1
@@ -102,7 +107,7 @@ def work(files: list[bytes], first: int, last: int, seed: int, folder: Path, rep
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the default action of both signals kills
         signal.alarm(WAITING)
         try:
-            outcome = decode(data, folder, draw)
+            outcome = decode(data, draw.choice(WAYS), folder / f"case.{draw.choice(EXTENSIONS)}")
         except Exception as error:
             outcome = f"failed with {type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_PROF, 0)
