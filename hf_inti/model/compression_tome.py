@@ -128,7 +128,7 @@ def merge_weighted(x: torch.Tensor, size: torch.Tensor, matching: Matching) -> t
     share = (size.gather(1, src[..., None]) / total.gather(1, dst[..., None])).to(x.dtype)
     out = tokens_at(x, matching.survivors())
     step = share * (tokens_at(x, src) - tokens_at(out, dst))  # from the destination towards the mean
-    return out.scatter_add(1, dst[..., None].expand_as(step), step), total
+    return out.scatter_add(1, dst[..., None].expand(-1, -1, x.shape[-1]), step), total
 
 
 def merge_places(places: torch.Tensor, matching: Matching) -> torch.Tensor:

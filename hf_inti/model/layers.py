@@ -44,8 +44,10 @@ def depthwise_conv3d(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
 
 def tokens_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x (B, N, C) at `index` (B, M) of its tokens: (B, M, C). It moves whole rows, and is faster than `gather`."""
-    first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
-    return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape)
+    B, N, C = x.shape
+    first = N * torch.arange(B, device=x.device)[:, None]
+    rows = x.flatten(0, 1).index_select(0, (first + index).flatten())
+    return rows.view(B, index.shape[1], C)  # x's own B: with the index's, exported files hold one number of frames
 
 
 def to_grid(patches: torch.Tensor, state: TokenState) -> torch.Tensor:
