@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_inti.hosts.contract import Hook
 
@@ -27,3 +28,15 @@ def hooks_of(model: nn.Module) -> list[Hook]:
     for m in model.modules():
         found += [*m._forward_hooks.values(), *m._forward_pre_hooks.values(), vars(m).get("forward")]
     return [hook for hook in found if isinstance(hook, Hook)]
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

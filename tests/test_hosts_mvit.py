@@ -11,9 +11,10 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from hf_inti.hosts import compress, parameter_groups, set_training_progress
+from hf_inti.hosts.mvit import attend
 from hf_inti.hosts.stts import SelectBefore
 from hf_inti.measure.costs import count_flops
-from host_models import disturb, hooks_of, logits
+from host_models import Operations, disturb, hooks_of, logits
 from reference.mvit import mvit
 from torchvision_models import load
 
@@ -249,6 +250,20 @@ def test_fewer_operations():
 def test_bfloat16():
     got = logits(compressed(dtype=torch.bfloat16, **BOTH), clips(dtype=torch.bfloat16))
     assert got.dtype == torch.bfloat16 and torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("dtype, fused, tolerance", [(torch.float32, True, 1e-5), (torch.bfloat16, False, 0.02)])
+def test_attention_takes_the_faster_way(dtype, fused, tolerance):
+    """In every block after the selection."""
+    x = clips(dtype=dtype)
+    model = compressed(dtype=dtype, temporal=TEMPORAL)
+    with Operations() as operations:
+        logits(model, x)
+    assert sum("scaled_dot_product" in name for name in operations.names) == (len(BLOCKS["v1"]) if fused else 0)
+    q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.float64) for length in (5, 7, 7))
+    wanted = (0.5 * q @ k.transpose(2, 3)).softmax(-1) @ v
+    got = attend(q.to(dtype), k.to(dtype), v.to(dtype), 0.5)
+    assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,10 @@ import pytest
 import torch
 from torch.nn.utils import prune
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import pipeline
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
-
-
-class Operations(TorchDispatchMode):
-    """The names of the operations that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+from host_models import Operations
 
 
 @pytest.fixture
