@@ -113,23 +113,22 @@ def hooks(
         return []
     current = Current()
     stages, merges = host.stages(model), host.merges(model)
-    pruned = [False, *map(bool, dropped)]
+    pruned = [False, *map(bool, dropped), False]
     found = []
     for s, blocks in enumerate(stages):
-        if pruned[s]:
-            found += host.pruned_stage(blocks, current, last=s + 1 == len(stages))
-        if s + 1 == len(stages):
+        if not (pruned[s] or pruned[s + 1]):
+            continue
+        ends = s + 1 == len(stages)
+        found += host.pruned_stage(blocks, current, last=ends)  # before a pruning for its features and for speed
+        if ends:
             break
         last = blocks[-1]
         if pruned[s + 1]:
-            if not pruned[s]:
-                found += host.pruned_stage(blocks[-1:], current, last=False)
             feature = last.mlp if similarity == "ffn" else last.attn.qkv
             found.append((feature, Feature(host, current, similarity=similarity, heads=last.attn.num_heads)))
-        if pruned[s] or pruned[s + 1]:
-            options = {"direction": directions(order)[s], "first_frame": first_frame, "scores": scores}
-            found.append((merges[s], Merge(host, current)))
-            found.append((merges[s], Prune(host, current, s + 1, r=dropped[s], **options)))
+        options = {"direction": directions(order)[s], "first_frame": first_frame, "scores": scores}
+        found.append((merges[s], Merge(host, current)))
+        found.append((merges[s], Prune(host, current, s + 1, r=dropped[s], **options)))
     return found
 
 

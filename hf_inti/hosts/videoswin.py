@@ -113,7 +113,7 @@ def attend(attention: nn.Module, qkv: torch.Tensor, part: torch.Tensor | None, w
         joined = (0, 1)  # windows with clips, which all have this mask
     else:
         apart = part[:, None, :, None] != part[:, None, None, :]
-        mask = (mask + torch.where(apart, OUTSIDE, 0.0).to(mask.dtype)).flatten(0, 1)[None]
+        mask = torch.where(apart, mask + OUTSIDE, mask).flatten(0, 1)[None]
         joined = (1, 2)  # windows with heads
     q, k, v = (x.flatten(*joined) for x in (q, k, v))
     dropout = attention.attention_dropout if attention.training else 0.0
