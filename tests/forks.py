@@ -14,7 +14,7 @@ from unittest.mock import patch
 # Without the libraries that read variables as they are imported, as the Hub's do.
 HEAVY = ("torch._dynamo", "torch.distributed.tensor", "torch.export", "scipy.optimize", "scipy.stats", "pyarrow")
 ALL = (*HEAVY, "transformers.models.clip.modeling_clip", "datasets", "evaluate", "hf_inti.comparison.run")
-PATIENCE = 300  # seconds; what takes longer is killed
+PATIENCE = 900  # seconds; what takes longer is killed
 Process = multiprocessing.get_context("forkserver").Process
 
 
@@ -32,19 +32,38 @@ def _start(imported: tuple[str, ...], target, *arguments) -> Process:
     return process
 
 
-def run_in_a_fork(what: str | Path, *arguments, imported=HEAVY, cwd: Path | None = None, environment=None, **variables):
-    """What `python -c what` and `python what` would do with these arguments: the exit status, stdout and stderr.
+class Fork:
+    """Does what `python -c what` and `python what` would do with these arguments.
 
     `environment` stands for this process's; `variables` come on top.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("stdout", "stderr")]
-        place = (files, {**(os.environ if environment is None else environment), **variables}, cwd or Path.cwd())
-        process = _start(imported, _run, what, [*map(str, arguments)], *place)
-        process.join(PATIENCE)
-        process.kill()
-        process.join()
-        return process.exitcode, *(file.read_text() for file in files)
+
+    def __init__(
+        self, what: str | Path, *arguments, imported=HEAVY, cwd: Path | None = None, environment=None, **variables
+    ):
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        place = (self.files, {**(os.environ if environment is None else environment), **variables}, cwd or Path.cwd())
+        self.process = _start(imported, _run, what, [*map(str, arguments)], *place)
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def end(self) -> tuple[int, str, str]:
+        """The exit status, stdout and stderr."""
+        self.process.join(PATIENCE)
+        self.kill()
+        with self.folder:
+            return self.process.exitcode, *(file.read_text() if file.exists() else "" for file in self.files)
+
+
+def run_in_a_fork(what: str | Path, *arguments, **place) -> tuple[int, str, str]:
+    """`Fork(...).end()`."""
+    return Fork(what, *arguments, **place).end()
 
 
 def _run(what: str | Path, arguments: list[str], *place) -> None:

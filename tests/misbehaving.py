@@ -1,8 +1,10 @@
-"""Decoders and models of bulk inference that fail. Nothing that takes time is imported: processes start often."""
+"""Decoders and models of bulk inference that fail or do nothing. They import nothing that takes time to import."""
 
 import os
 import signal
 import time
+
+import pyarrow as pa
 
 
 class Misbehaves:
@@ -30,3 +32,15 @@ class Refuses:
 
     def __call__(self, views):
         raise ValueError(f"the crop must be 32, got 16 in {len(views)} videos")
+
+
+class Zeros:
+    """A slow model whose features are all zero."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+    def __call__(self, views):
+        time.sleep(0.5 * len(views))
+        features = pa.array([[0.0] * self.width] * len(views), pa.list_(pa.float32(), self.width))
+        return pa.table({"video": views["video"], "error": pa.nulls(len(views), pa.string()), "features": features})

@@ -3,14 +3,14 @@
 import os
 import pickle
 import random
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from forks import run_in_a_fork
 
 
 pytest.importorskip("kornia", reason="training-time augmentation needs kornia")
@@ -469,8 +469,8 @@ def test_kornia_is_imported_late_and_without_warnings():
         "assert 'kornia' not in sys.modules; warnings.simplefilter('error'); "
         "ClipAugmentation(); assert 'kornia' in sys.modules"
     )
-    root = str(Path(__file__).parents[1])
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=120)
+    status, _, error = run_in_a_fork(code, cwd=Path(__file__).parents[1])
+    assert status == 0, error
 
 
 @pytest.mark.skipif("HF_INTI_TEST_DATA" not in os.environ, reason="HF_INTI_TEST_DATA is not set")

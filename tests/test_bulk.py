@@ -1,5 +1,6 @@
 """Bulk inference: what is listed, decoded, computed and written, and that nothing is lost or done twice."""
 
+import json
 import os
 import random
 import secrets
@@ -18,7 +19,7 @@ import torch
 from misbehaving import Misbehaves
 
 from conftest import TINY, write_video
-from forks import ALL, run_in_a_fork
+from forks import ALL, Fork, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.bulk import isolation
 from hf_inti.bulk.decoding import ClipDecoder
@@ -31,6 +32,7 @@ from hf_inti.training.checkpoints import load_classifier
 
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "bulk.py"
 LABELS = ("a", "b", "c")
 PATIENCE = 900  # seconds, beside other tests; what is waited for takes a few
 
@@ -312,19 +314,19 @@ def test_plans():
 
 @pytest.mark.slow
 def test_without_ray(folder, tmp_path):
-    script = str(ROOT / "scripts" / "bulk.py")
     code = (
         "import runpy, sys; sys.modules['ray'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
     )
-    flags = (script, folder / "model", folder / "videos", "--output_dir", tmp_path)
+    flags = (SCRIPT, folder / "model", folder / "videos", "--output_dir", tmp_path)
     status, _, error = run_in_a_fork(code, *flags, imported=ALL)
     assert status == 1 and "pip install 'hf_inti[bulk]'" in error and error.startswith("error: ")
 
 
 def environment() -> dict[str, str]:
-    # Ray's processes are nice by default: beside other tests they would wait.
+    # Ray's processes are nice by default: beside other tests they would wait. A node that stops would, for others.
+    ray = {"RAY_worker_niceness": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **ray}
 
 
 # With Ray -----------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ def address(tmp_path_factory):
         assert probe.connect_ex(("127.0.0.1", port)), "the cluster has not stopped"
 
 
-def wait_for(happened, processes: list[subprocess.Popen], seconds: int = PATIENCE) -> None:
+def wait_for(happened, processes: list, seconds: int = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "nothing happens"
@@ -371,62 +373,52 @@ def wait_for(happened, processes: list[subprocess.Popen], seconds: int = PATIENC
         time.sleep(0.05)
 
 
-@pytest.fixture
-def start_bulk(address):
-    """A function that starts scripts/bulk.py on the cluster."""
-    started = []
+# Runs a script with other stages in place of those that decode and compute.
+WITH_STAGES = """
+import json, runpy, sys
+from hf_inti.bulk.engine import Stage
+import hf_inti.bulk.run
+import misbehaving
 
-    def start(model: Path, output: Path, *places: Path | str) -> subprocess.Popen:
-        command = [sys.executable, ROOT / "scripts" / "bulk.py", model, *places, "--output_dir", output]
-        command += ["--output", "features", "--shard_rows", "1", "--ray_address", address]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen([*map(str, command)], env=environment(), text=True, **pipes))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+stages = [Stage(getattr(misbehaving, name), arguments) for name, *arguments in json.loads(sys.argv[1])]
+hf_inti.bulk.run.stages_of = lambda *arguments: stages
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.slow
 @with_ray
-def test_two_nodes_a_kill_and_a_longer_list(folder, expected, start_bulk, tmp_path):
+def test_two_nodes_a_kill_and_a_longer_list(folder, expected, address, tmp_path):
     """Killed when some shards are written, started again with more videos: each video once, computed once."""
-    output = tmp_path / "out"
-    killed = start_bulk(folder / "model", output, folder / "videos", "--models", "1")
-    wait_for(lambda: list(output.glob("*.parquet")), [killed])
-    time.sleep(random.uniform(0, 0.2))
+    flags = ("--output_dir", tmp_path, "--output", "features", "--shard_rows", 1, "--ray_address", address)
+    place = {"imported": ALL, "environment": environment()}
+    good = [folder / "videos" / f"{i}.mp4" for i in range(4)]
+    stages = json.dumps([["Echo"], ["Zeros", TINY["hidden_size"]]])
+    killed = Fork(WITH_STAGES, stages, SCRIPT, folder / "model", *good, *flags, "--models", 1, "--decoders", 4, **place)
+    wait_for(lambda: list(tmp_path.glob("*.parquet")), [killed])
+    time.sleep(random.uniform(0, 0.5))
     killed.kill()
-    killed.communicate()
-    before = {path: path.read_bytes() for path in output.glob("*.parquet")}
-    again = start_bulk(folder / "model", output, folder / "videos", folder / "shards")
-    printed, errors = again.communicate(timeout=PATIENCE)
-    assert again.returncode == 0, errors
+    killed.end()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.parquet")}
+    kept = {row["video"] for row in rows_of(tmp_path)}
+    assert 0 < len(kept) < 4
+    places = (folder / "videos", folder / "shards")
+    status, printed, errors = run_in_a_fork(SCRIPT, folder / "model", *places, *flags, **place)
+    assert status == 0, errors
     assert "8 videos are in" in printed and "1 of them broken" in printed
     assert "1 broken videos" in errors and f"{folder / 'videos' / 'broken.mp4'}: not a video" in errors
     assert all(path.read_bytes() == data for path, data in before.items())
-    rows = rows_of(output)
+    rows = rows_of(tmp_path)
     assert sorted(Path(row["video"]).name for row in rows) == [*(f"{i}.mp4" for i in range(7)), "broken.mp4"]
     for row in rows:
-        if row["error"] is None:
+        if row["video"] in kept:
+            assert not any(row["features"])
+        elif row["error"] is None:
             wanted = expected[Path(row["video"]).name]
             torch.testing.assert_close(torch.tensor(row["features"]), wanted, rtol=1e-5, atol=1e-6)
         else:
             assert row["features"] is None and row["video"].endswith("broken.mp4")
-
-
-# Light actors in place of those that decode and compute.
-FAILS = """
-import runpy, sys
-from hf_inti.bulk.engine import Stage
-from misbehaving import Echo, Refuses
-import hf_inti.bulk.run
-
-hf_inti.bulk.run.stages_of = lambda *arguments: (Stage(Echo, ()), Stage(Refuses, ()))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.slow
@@ -434,8 +426,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_model_that_fails_stops_the_run(folder, address, tmp_path):
     """Not a broken video: one line says why."""
     flags = ("--output_dir", tmp_path, "--ray_address", address, "--models", 1, "--batch_size", 1)
-    script = ROOT / "scripts" / "bulk.py"
-    status, _, error = run_in_a_fork(FAILS, script, folder / "model", folder / "videos", *flags, imported=ALL)
+    stages = json.dumps([["Echo"], ["Refuses"]])
+    places = (folder / "model", folder / "videos")
+    status, _, error = run_in_a_fork(WITH_STAGES, stages, SCRIPT, *places, *flags, imported=ALL)
     wanted = (
         "error: the model must take every batch, got ValueError: the crop must be 32, got 16 in 1 videos; a smaller "
     )

@@ -181,17 +181,6 @@ def test_compiles_without_graph_breaks(compression, adaptation, build):
         assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
-def test_compiles_with_inductor(build):
-    """InTI is compiled in test_inference.py."""
-    model = build("stts", "uniformerv2", **few_blocks("stts")).eval()
-    pixel_values = clips()
-    torch.compiler.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)(pixel_values).logits
-        assert_close(compiled, model(pixel_values).logits, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("compression, adaptation", ALLOWED)
 def test_clips_of_a_batch_are_independent(compression, adaptation, build):
     model = build(compression, adaptation).double().eval()

@@ -1,11 +1,8 @@
 """A few of what `make survive` and `make fuzz` do at length: kills, faults, several processes, broken videos."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from fuzz import run as fuzz
 from fuzz.mutations import ANY, STRUCTURED, avi_chunks, ebml_elements, mp4_boxes, mutate, parts_of
 
 from conftest import write_video
+from forks import ALL, run_in_a_fork
 from hf_inti.training.interruption import Interruption
 
 
@@ -22,11 +20,9 @@ TESTS = Path(__file__).parent
 
 def run(script: str, *arguments: object) -> dict:
     """What a script of tests/reliability or tests/fuzz prints; it fails by itself when something is lost or differs."""
-    command = [sys.executable, str(TESTS / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return json.loads(done.stdout)
+    status, printed, errors = run_in_a_fork(TESTS / script, *arguments, imported=ALL, OMP_NUM_THREADS="1")
+    assert status == 0, errors + printed
+    return json.loads(printed)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import http.server
 import io
 import os
 import pickle
-import subprocess
 import sys
 import threading
 from fractions import Fraction
@@ -18,6 +17,7 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification, pipelin
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from forks import run_in_a_fork
 from hf_inti.model import video_decoding, video_processing_inti_clip
 from hf_inti.model.video_decoding import VideoDecodingError
 from hf_inti.model.video_processing_inti_clip import InTIClipVideoProcessor, crop, sample_indices
@@ -532,4 +532,5 @@ from hf_inti.model.video_processing_inti_clip import InTIClipVideoProcessor
 pixel_values = InTIClipVideoProcessor()(numpy.zeros((3, 40, 30, 3), numpy.uint8)).pixel_values
 assert pixel_values.shape == (1, 16, 3, 224, 224)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    status, _, error = run_in_a_fork(code, cwd=Path(__file__).parents[1])
+    assert status == 0, error
