@@ -65,7 +65,7 @@ PAIR = $(BENCHMARK) models scripts/benchmarks/naive_
 OUT = --output_dir results/benchmarks
 TORCHVISION = HF_INTI_TORCHVISION=$(CURDIR)/.venv/torchvision PYTHONPATH=tests/torchvision_path $(BENCHMARK)
 
-# Where a dash stands, a missed target does not keep the rest from running: some hosts miss theirs (docs/benchmarks.md).
+# Where a dash stands, a missed target does not keep the rest from running: some hosts are close to theirs.
 benchmark: .venv/installed
 	$(PAIR)b16.yaml --matmul_precision medium $(OUT)/naive_b16_plain
 	$(BENCHMARK) models scripts/benchmarks/limit.yaml $(OUT)/limit
