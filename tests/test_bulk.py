@@ -23,7 +23,7 @@ from forks import ALL, Fork, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.bulk import isolation
 from hf_inti.bulk.decoding import ClipDecoder
-from hf_inti.bulk.engine import make_plan
+from hf_inti.bulk.engine import cluster, make_plan
 from hf_inti.bulk.isolation import Died, Isolated
 from hf_inti.bulk.model import ClipModel, Result
 from hf_inti.bulk.shards import Shards
@@ -385,6 +385,20 @@ hf_inti.bulk.run.stages_of = lambda *arguments: stages
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+@with_ray
+def test_workers_of_a_private_cluster_are_not_nice(monkeypatch):
+    import ray
+
+    def init(**options):
+        raise RuntimeError(f"niceness {os.environ['RAY_worker_niceness']}")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_worker_niceness", "")
+    monkeypatch.delenv("RAY_worker_niceness")
+    with pytest.raises(RuntimeError, match="niceness 0"), cluster(None):
+        pass
 
 
 @pytest.mark.slow
