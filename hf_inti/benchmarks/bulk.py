@@ -116,6 +116,7 @@ def measure(args: BulkArguments, name: str, clips: Sequence[Clip]) -> dict[str, 
         for n in ACTORS:
             many = [Clip(str(i), str(i)) for i in range(args.slow_videos * n)]  # they outlast the models' start
             jobs[f"slow_x{n}"] = partial(time_stages, many, slow, plan._replace(models=n, batch_size=1))
+        list(run_stages(clips[:2], decoder, computing, plan))  # the first run also starts processes of Ray's own
         for name, job in tqdm([*jobs.items()] * args.repetitions, desc="Measuring"):
             times[name].append(job())
     rows = {name: summary(values) for name, values in times.items()}
