@@ -41,6 +41,6 @@ class Zeros:
         self.width = width
 
     def __call__(self, views):
-        time.sleep(0.5 * len(views))
+        time.sleep(1.5 * len(views))
         features = pa.array([[0.0] * self.width] * len(views), pa.list_(pa.float32(), self.width))
         return pa.table({"video": views["video"], "error": pa.nulls(len(views), pa.string()), "features": features})

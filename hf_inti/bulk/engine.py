@@ -55,7 +55,7 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
     if address is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options |= {"num_cpus": cores, "include_dashboard": False}
-        # Ray makes its workers nice: on few cores its own processes then cost a model a twentieth of its rate.
+        # Ray makes its workers nice: on few cores a model then waits for Ray's own processes.
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(address=address or "local", **options)
