@@ -3,9 +3,6 @@
 import json
 import os
 import random
-import secrets
-import socket
-import subprocess
 import sys
 import tarfile
 import time
@@ -16,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from misbehaving import Misbehaves
+from misbehaving import WITH_STAGES, Misbehaves
+from ray_nodes import Nodes, environment, wait_for
 
 from conftest import TINY, write_video
 from forks import ALL, Fork, run_in_a_fork
@@ -34,7 +32,6 @@ from hf_inti.training.checkpoints import load_classifier
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "bulk.py"
 LABELS = ("a", "b", "c")
-PATIENCE = 900  # seconds, beside other tests; what is waited for takes a few
 
 
 @pytest.fixture(scope="module")
@@ -322,69 +319,21 @@ def test_without_ray(folder, tmp_path):
     assert status == 1 and "pip install 'hf_inti[bulk]'" in error and error.startswith("error: ")
 
 
-def environment() -> dict[str, str]:
-    # Ray's processes are nice by default: beside other tests they would wait. A node that stops would, for others.
-    ray = {"RAY_worker_niceness": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **ray}
-
-
 # With Ray -----------------------------------------------------------------------------------------
 
 with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[bulk]'")
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """A cluster of two nodes on this machine, as `ray start` makes one of two machines, with a token of its own."""
-    log = open(tmp_path_factory.mktemp("ray") / "log.txt", "w+")
-    token = Path(log.name).with_name("token")
-    token.write_text(secrets.token_hex(16))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
-    nodes = []
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "token")
-    patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    options = {"stdout": log, "stderr": log, "env": environment()}
+def nodes(tmp_path_factory):
+    nodes = Nodes(tmp_path_factory.mktemp("ray"), count=2)
     try:
-        for place in (["--head", f"--port={port}", "--include-dashboard=false"], [f"--address=127.0.0.1:{port}"]):
-            nodes.append(subprocess.Popen([*start, *place], **options))
-            wait_for(lambda: log.seek(0) or log.read().count("Ray runtime started") == len(nodes), nodes)
-        yield f"127.0.0.1:{port}"
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in nodes.variables.items():
+                patch.setenv(name, value)
+            yield nodes
     finally:
-        for node in reversed(nodes):
-            node.terminate()
-        ended = [node.wait(PATIENCE) for node in reversed(nodes)]
-        log.close()
-        patch.undo()
-    assert len(ended) == 2
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)), "the cluster has not stopped"
-
-
-def wait_for(happened, processes: list, seconds: int = PATIENCE) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "nothing happens"
-        assert all(process.poll() is None for process in processes), "a process has ended"
-        time.sleep(0.05)
-
-
-# Runs a script with other stages in place of those that decode and compute.
-WITH_STAGES = """
-import json, runpy, sys
-from hf_inti.bulk.engine import Stage
-import hf_inti.bulk.run
-import misbehaving
-
-stages = [Stage(getattr(misbehaving, name), arguments) for name, *arguments in json.loads(sys.argv[1])]
-hf_inti.bulk.run.stages_of = lambda *arguments: stages
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+        nodes.stop()
 
 
 @with_ray
@@ -403,12 +352,12 @@ def test_workers_of_a_private_cluster_are_not_nice(monkeypatch):
 
 @pytest.mark.slow
 @with_ray
-def test_two_nodes_a_kill_and_a_longer_list(folder, expected, address, tmp_path):
+def test_two_nodes_a_kill_and_a_longer_list(folder, expected, nodes, tmp_path):
     """Killed when some shards are written, started again with more videos: each video once, computed once."""
-    flags = ("--output_dir", tmp_path, "--output", "features", "--shard_rows", 1, "--ray_address", address)
+    flags = ("--output_dir", tmp_path, "--output", "features", "--shard_rows", 1, "--ray_address", nodes.address)
     place = {"imported": ALL, "environment": environment()}
     good = [folder / "videos" / f"{i}.mp4" for i in range(4)]
-    stages = json.dumps([["Echo"], ["Zeros", TINY["hidden_size"]]])
+    stages = json.dumps([["Echo"], ["Zeros", TINY["hidden_size"], 1.5]])
     killed = Fork(WITH_STAGES, stages, SCRIPT, folder / "model", *good, *flags, "--models", 1, "--decoders", 4, **place)
     wait_for(lambda: list(tmp_path.glob("*.parquet")), [killed])
     time.sleep(random.uniform(0, 0.5))
@@ -437,9 +386,9 @@ def test_two_nodes_a_kill_and_a_longer_list(folder, expected, address, tmp_path)
 
 @pytest.mark.slow
 @with_ray
-def test_a_model_that_fails_stops_the_run(folder, address, tmp_path):
+def test_a_model_that_fails_stops_the_run(folder, nodes, tmp_path):
     """Not a broken video: one line says why."""
-    flags = ("--output_dir", tmp_path, "--ray_address", address, "--models", 1, "--batch_size", 1)
+    flags = ("--output_dir", tmp_path, "--ray_address", nodes.address, "--models", 1, "--batch_size", 1)
     stages = json.dumps([["Echo"], ["Refuses"]])
     places = (folder / "model", folder / "videos")
     status, _, error = run_in_a_fork(WITH_STAGES, stages, SCRIPT, *places, *flags, imported=ALL)
@@ -448,3 +397,39 @@ def test_a_model_that_fails_stops_the_run(folder, address, tmp_path):
     )
     assert status == 1 and error.splitlines()[-1] == wanted + "batch_size may do.", error
     assert not rows_of(tmp_path)
+
+
+@pytest.mark.slow
+@with_ray
+def test_models_spread_over_the_nodes(nodes):
+    code = """
+import sys
+from collections import Counter
+from hf_inti.bulk.engine import Stage, cluster, make_plan, run_stages
+from hf_inti.data.unlabelled import Clip
+from misbehaving import Echo, Where
+
+clips = [Clip(str(i), str(i)) for i in range(160)]
+with cluster(sys.argv[1]) as resources:
+    tables = run_stages(clips, Stage(Echo, ()), Stage(Where, ()), make_plan(resources, models=4))
+    places = {(row["node"], row["process"]) for table in tables for row in table.to_pylist()}
+print(*Counter(node for node, _ in places).values())
+"""
+    status, printed, errors = run_in_a_fork(code, nodes.address, imported=ALL, environment=environment())
+    assert (status, printed.split()) == (0, ["2", "2"]), errors
+
+
+@pytest.mark.slow
+@with_ray
+def test_a_node_dies(folder, nodes, tmp_path):
+    """What it had is computed by the other. The last test of the cluster, which then has one node."""
+    flags = ("--output_dir", tmp_path, "--output", "features", "--shard_rows", 1, "--ray_address", nodes.address)
+    stages = json.dumps([["Echo"], ["Zeros", TINY["hidden_size"], 1.5]])
+    places = (folder / "model", folder / "videos", folder / "shards")
+    run = Fork(WITH_STAGES, stages, SCRIPT, *places, *flags, "--models", 2, imported=ALL, environment=environment())
+    wait_for(lambda: any("Model" in name for name in nodes.stages_of_last()), [run])
+    nodes.kill_last()
+    status, printed, errors = run.end()
+    assert status == 0, errors
+    names = [*(f"{i}.mp4" for i in range(7)), "broken.mp4"]
+    assert sorted(Path(row["video"]).name for row in rows_of(tmp_path)) == names

@@ -134,6 +134,7 @@ def run_stages(clips: Sequence[Clip], decoder: Stage, model: Stage, plan: Plan) 
         compute=ray.data.ActorPoolStrategy(size=plan.models),
         num_cpus=0,
         num_gpus=plan.gpus,
+        memory=1,  # Ray spreads over the machines what asks for something, and puts anywhere what does not
     )
     try:
         yield from tables.iter_batches(batch_size=None, batch_format="pyarrow")
