@@ -106,6 +106,7 @@ survive: .venv/installed
 	$(RUN) tests/reliability/steady.py --output $(RELIABILITY)/steady.json
 	$(RUN) tests/reliability/lengths.py --output $(RELIABILITY)/lengths.json
 	$(RUN) tests/reliability/bulk.py --kills 20 --output $(RELIABILITY)/bulk.json
+	$(RUN) tests/reliability/nodes.py --kills 10 --output $(RELIABILITY)/nodes.json
 	$(RUN) tests/reliability/report.py
 
 fuzz: .venv/installed

@@ -19,6 +19,7 @@ from ray_nodes import Nodes, environment, wait_for
 from conftest import TINY, write_video
 from forks import ALL, Fork, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
+from hf_inti.benchmarks import bulk as benchmark
 from hf_inti.bulk import isolation
 from hf_inti.bulk.decoding import ClipDecoder
 from hf_inti.bulk.engine import cluster, make_plan
@@ -317,6 +318,21 @@ def test_without_ray(folder, tmp_path):
     flags = (SCRIPT, folder / "model", folder / "videos", "--output_dir", tmp_path)
     status, _, error = run_in_a_fork(code, *flags, imported=ALL)
     assert status == 1 and "pip install 'hf_inti[bulk]'" in error and error.startswith("error: ")
+
+
+def test_the_benchmark_leaves_starts_and_ends_out(monkeypatch):
+    clock = [0.0]
+
+    def run_stages(clips, *stages):
+        clock[0] += 7  # Ray starts
+        for _ in range(0, len(clips), 8):
+            clock[0] += 8 * 0.25
+            yield None
+        clock[0] += 3  # and stops
+
+    monkeypatch.setattr(benchmark, "run_stages", run_stages)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    assert benchmark.time_stages([Clip(str(i), str(i)) for i in range(96)], (None, None), None) == pytest.approx(0.25)
 
 
 # With Ray -----------------------------------------------------------------------------------------

@@ -79,6 +79,16 @@ def bulk(found: dict) -> tuple[str, str, str, str]:
     return "SIGKILL of `scripts/bulk.py`, while it starts or writes shards", str(len(killed)), outcome, str(bad)
 
 
+def nodes(found: dict) -> tuple[str, str, str, str]:
+    killed = [run for run in found["kills"] if not run["ended"]]
+    after = max(run["seconds_after"] for run in killed)
+    outcome = (
+        f"the other did the rest: each time all {found['videos']} videos there, none twice, at most {after:.0f} s later"
+    )
+    bad = sum(run["missing"] + run["twice"] for run in found["kills"])
+    return "SIGKILL of one of two Ray nodes during a bulk run", str(len(killed)), outcome, str(bad)
+
+
 def fuzz(found: dict) -> tuple[str, str, str, str]:
     bad = found["hung"] + found["crashed"] + found["failed"]
     outcome = f"{found['decoded']:,} read, {found['refused'] + found['too_large']:,} refused, {bad} else; at most "
@@ -86,7 +96,7 @@ def fuzz(found: dict) -> tuple[str, str, str, str]:
     return f"videos: {found['files']} files, mutated", f"{found['cases']:,}", outcome, str(bad)
 
 
-ROWS = (kills, faults, processes, fsdp, steady, lengths, bulk, fuzz)
+ROWS = (kills, faults, processes, fsdp, steady, lengths, bulk, nodes, fuzz)
 
 
 def main() -> None:
