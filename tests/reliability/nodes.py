@@ -30,7 +30,7 @@ from hf_inti.measure.records import provenance  # noqa: E402
 
 
 RUNS_OF_VIDEOS = 5  # 12 videos in each
-SECONDS = 15  # in which the node dies once it has a model: half of what two models take for all videos
+SECONDS = 30  # in which the node dies once it has a model: what two models take for all videos, about
 
 
 def kill(folder: Path, nodes: Nodes) -> dict:
