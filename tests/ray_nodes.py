@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 
+ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds, beside other tests; what is waited for takes a few
 START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
 
@@ -24,9 +25,6 @@ def wait_for(happened: Callable, processes: Sequence, seconds: int = PATIENCE) -
         assert time.monotonic() < end, "nothing happens"
         assert all(process.poll() is None for process in processes), "a process has ended"
         time.sleep(0.05)
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def environment() -> dict[str, str]:
