@@ -19,11 +19,11 @@ sys.path.append(str(Path(__file__).parent))  # in a Space, hf_inti lies there
 
 from hf_inti import InTIClipVideoProcessor, VideoDecodingError  # noqa: E402
 from hf_inti.hub.handler import answer_requests  # noqa: E402
-from hf_inti.model.video_decoding import VideoReader  # noqa: E402
+from hf_inti.model.video_decoding import CONTAINERS, VideoReader  # noqa: E402
 
 
 # No protocol but the file in hand, for playlists would read others; odd metadata is no reason to refuse a video.
-OPENING = {"metadata_errors": "ignore", "options": {"protocol_whitelist": ""}}
+OPENING = {"metadata_errors": "ignore", "options": {"protocol_whitelist": "", "format_whitelist": CONTAINERS}}
 
 
 def open_clip(body: bytes, name: str, max_seconds: float, max_pixels: int) -> io.BytesIO:

@@ -525,7 +525,7 @@ def test_bad_sources(tmp_path):
     write_audio(tmp_path / "audio.mp4")
     reasons = {
         "text": "not a video",
-        "subtitles": "no video",
+        "subtitles": "not a video",
         "empty": "empty file",
         "folder": "directory",
         "zeros": "not a video",
@@ -544,6 +544,76 @@ def test_bad_sources(tmp_path):
             with open(path, "rb") as file:
                 with pytest.raises(VideoDecodingError, match=rf"{name}\.mp4: .*{reason}"):
                     probe_video(file)
+
+
+def test_only_containers_of_videos_are_opened(tmp_path):
+    """FFmpeg would show a text as a terminal does, and take a picture for a video."""
+    (tmp_path / "hello.txt").write_text("hello, this is no video\n" * 50)
+    (tmp_path / "picture.mp4").write_bytes(float_picture())
+    for path in tmp_path.iterdir():
+        with av.open(str(path)) as container:
+            assert container.streams.video
+        with pytest.raises(VideoDecodingError, match=rf"{path.name}: not a video that can be opened"):
+            VideoReader(path)
+
+
+def float_picture() -> bytes:
+    """An OpenEXR file of 8 x 8 pixels with brightness and opacity, as floats."""
+
+    def attribute(name, kind, value):
+        return b"\0".join((name, kind, struct.pack("<i", len(value)) + value))
+
+    names, box = (b"A", b"Y"), struct.pack("<4i", 0, 0, 7, 7)
+    head = b"\x76\x2f\x31\x01\2\0\0\0" + b"".join(
+        (
+            attribute(b"channels", b"chlist", b"".join(n + struct.pack("<xi4x2i", 2, 1, 1) for n in names) + b"\0"),
+            attribute(b"compression", b"compression", b"\0"),
+            attribute(b"dataWindow", b"box2i", box),
+            attribute(b"displayWindow", b"box2i", box),
+            attribute(b"lineOrder", b"lineOrder", b"\0"),
+            attribute(b"pixelAspectRatio", b"float", struct.pack("<f", 1)),
+            attribute(b"screenWindowCenter", b"v2f", bytes(8)),
+            attribute(b"screenWindowWidth", b"float", struct.pack("<f", 1)),
+            b"\0",
+        )
+    )
+    lines = [struct.pack("<2i", row, 64) + struct.pack("<16f", *[0.5] * 16) for row in range(8)]
+    offsets = [len(head) + 64 + 72 * row for row in range(8)]
+    return head + struct.pack("<8Q", *offsets) + b"".join(lines)
+
+
+def test_pixels_that_cannot_be_converted(tmp_path):
+    """Of one kind FFmpeg says so; another would end the process."""
+    with av.open(str(tmp_path / "four_bits.nut"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "rgb4"
+        frame = av.VideoFrame(16, 16, "rgb4")
+        frame.pts = 0
+        container.mux(stream.encode(frame))
+    with av.open(io.BytesIO(float_picture())) as source, av.open(str(tmp_path / "floats.mov"), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream, packet.pts, packet.dts = stream, 0, 0
+                container.mux(packet)
+    for name, pixels in {"four_bits.nut": "rgb4", "floats.mov": "yaf32le"}.items():
+        with VideoReader(tmp_path / name) as reader:
+            with pytest.raises(VideoDecodingError, match=f"{name}: pixels of the format {pixels} cannot be converted"):
+                reader.read([0])
+
+
+@pytest.mark.parametrize("start", [2**60, -(2**60)])
+def test_a_clock_so_late_that_floats_do_not_tell_frames_apart(tmp_path, start):
+    near, far = write_video(tmp_path / "near.mkv", "mpeg4", n=2), tmp_path / "far.mkv"
+    with av.open(str(near)) as source, av.open(str(far), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                packet.pts, packet.dts = packet.pts + start, packet.dts + start
+                container.mux(packet)
+    info = probe_video(far)
+    assert info.timestamps == [0, 1 / info.fps] and info.fps == pytest.approx(25, rel=0.01)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read any file")

@@ -390,7 +390,7 @@ def test_views_decode_and_resize_each_frame_once(tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, counted)
 
-    count(video_decoding, "_to_rgb")
+    count(video_decoding.VideoReader, "_to_rgb")
     count(video_processing_inti_clip, "resize")
     processor = InTIClipVideoProcessor(num_frames=16, num_clips=4, num_crops=3, size=32, crop_size=32)
     views = processor(path).pixel_values

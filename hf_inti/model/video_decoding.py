@@ -38,6 +38,8 @@ _SEEK_GAP = 48  # packets; reading this many is cheaper than seeking
 _MAX_DECODERS = 4  # at once; each holds a few frames in memory
 _INTRA = 1  # FFmpeg's AV_PICTURE_TYPE_I
 
+# FFmpeg would also read pictures, subtitles and plain text as videos, with code that is little tested.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,m4v,mjpeg,ivf,obu,nut,mxf,yuv4mpegpipe"
 MAX_PIXELS = 16384 * 8192  # of a frame, four times 8K: a few bytes of a broken or hostile file may announce any size
 
 Source = str | os.PathLike | bytes | BinaryIO
@@ -146,7 +148,7 @@ class VideoReader:
                 for index, frame in frames:
                     num_decoded += 1
                     if index in wanted:
-                        rgb = _to_rgb(frame, reformatter)
+                        rgb = self._to_rgb(frame, reformatter)
                         results[index] = rgb if transform is None else transform(rgb)
             return results, num_decoded
 
@@ -194,10 +196,11 @@ class VideoReader:
 
         rate, time_base = scan.rate, scan.time_base
         self.num_frames = len(pts)
-        if None in pts or any(later <= earlier for earlier, later in pairwise(pts)):
-            self.timestamps = [index / rate for index in range(self.num_frames)]
-        else:
-            self.timestamps = [value * time_base.numerator / time_base.denominator for value in pts]
+        seconds = [] if None in pts else [value * time_base.numerator / time_base.denominator for value in pts]
+        # Of a clock that is far from 0, floats cannot tell neighbours apart.
+        if not seconds or any(later <= earlier for earlier, later in pairwise(seconds)):
+            seconds = [index / rate for index in range(self.num_frames)]
+        self.timestamps = seconds
         if self.num_frames > 1:
             rate = (self.num_frames - 1) / (self.timestamps[-1] - self.timestamps[0])
         self.fps = rate
@@ -351,7 +354,7 @@ class VideoReader:
         try:
             file.seek(0)
             # No other protocols: a playlist could otherwise read other files or the network.
-            options = {"protocol_whitelist": ""}
+            options = {"protocol_whitelist": "", "format_whitelist": CONTAINERS}
             container = self._av.open(file, mode="r", metadata_errors="ignore", options=options)
         except Exception as error:
             raise self._error(f"not a video that can be opened: {_one_line(error)}") from error
@@ -370,6 +373,18 @@ class VideoReader:
                 codec.thread_type = "NONE"
                 codec.thread_count = 1  # decoders with threads of their own only obey this
             yield container, videos[0]
+
+    def _to_rgb(self, frame, reformatter) -> torch.Tensor:
+        """The frame upright, (H, W, 3) uint8."""
+        pixels = frame.format.name
+        try:
+            if pixels.startswith("yaf"):  # FFmpeg's scaler would abort the process
+                raise ValueError("brightness and opacity alone")
+            rgb = torch.from_numpy(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+        except (ValueError, OSError) as error:
+            raise self._error(f"pixels of the format {pixels} cannot be converted: {_one_line(error)}") from error
+        turns = _quarter_turns(frame)
+        return torch.rot90(rgb, turns).contiguous() if turns else rgb  # rot90 copies even for 0 turns
 
     def _error(self, reason: str, advice: str = "replace the file or leave it out") -> VideoDecodingError:
         return VideoDecodingError(f"{self._name}: {reason} ({advice})")
@@ -450,13 +465,6 @@ def _packets(container, stream) -> Iterator:
 def _decode(stream, packet) -> list:
     """Sends one packet (None: the end) to the decoder and returns the frames that are ready."""
     return stream.decode(packet)
-
-
-def _to_rgb(frame, reformatter) -> torch.Tensor:
-    """The frame upright, (H, W, 3) uint8."""
-    rgb = torch.from_numpy(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-    turns = _quarter_turns(frame)
-    return torch.rot90(rgb, turns).contiguous() if turns else rgb  # rot90 copies even for 0 turns
 
 
 def _quarter_turns(frame) -> int:
