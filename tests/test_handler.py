@@ -23,6 +23,7 @@ from conftest import TINY, write_video
 from forks import run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.hub import handler as source
+from hf_inti.model import video_decoding
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +307,38 @@ def test_limits(handler, module, repository, server, open_network, monkeypatch):
     for inputs in (body, base64.b64encode(body).decode(), f"{server}/clip.mp4"):
         with pytest.raises(ValueError, match="at most 0 MiB, got more"):
             handler({"inputs": inputs})
+
+
+def test_a_recording_may_start_at_any_time(module):
+    body = io.BytesIO()
+    with av.open(body, "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(50):
+            frame = av.VideoFrame(64, 48, "yuv420p")
+            frame.pts = 3600 * 25 + i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    module.check_size(body.getvalue(), max_seconds=2.1, max_pixels=64 * 64)
+    with pytest.raises(ValueError, match="must last at most 2 s"):
+        module.check_size(body.getvalue(), max_seconds=1.5, max_pixels=64 * 64)
+
+
+def test_only_containers_of_videos_are_opened(module):
+    assert module.CONTAINERS == video_decoding.CONTAINERS
+    with pytest.raises(ValueError, match="must be a readable video"):
+        module.check_size(b"hello, this is no video\n" * 50, max_seconds=600, max_pixels=10**6)  # FFmpeg would show it
+
+
+def test_connections_share_the_time_of_a_download(module, monkeypatch):
+    """A redirection late in it does not start the time anew."""
+    now, given = [100.0], []
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, "connect", lambda host, port, timeout: given.append(timeout))
+    deadline = module.Deadline(30)
+    for now[0] in (100.0, 129.0):
+        module._Connection("example.org", deadline=deadline, timeout=30).connect()
+    assert given == [30.0, 1.0]
 
 
 def test_limits_hold_for_every_stream(module):

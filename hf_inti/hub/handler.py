@@ -44,10 +44,11 @@ from transformers import AutoModelForVideoClassification, AutoProcessor
 
 
 REQUIREMENTS = "transformers>=5.17\ntorch>=2.11\nav>=18.1\n"  # requirements.txt in the same repository
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,m4v,mjpeg,ivf,obu,nut,mxf,yuv4mpegpipe"
 MAX_BYTES = 64 * 2**20
 MAX_SECONDS = 600.0
 MAX_PIXELS = 3840 * 2160  # per frame
-TIMEOUT = 30  # seconds for a whole download
+TIMEOUT = 30  # seconds for a whole download, but for looking up its host
 DECODING_TIMEOUT = 60  # seconds
 DECODING_MEMORY = 2 * 2**30  # bytes, above what the process has when it starts
 # Public by their numbers, but a cloud's own: IETF's protocol assignments, with Oracle's metadata, and Azure's platform.
@@ -100,16 +101,16 @@ def public_addresses(host: str, port: int) -> list[str]:
     return addresses
 
 
-def connect(host: str, port: int, timeout: float | None) -> socket.socket:
-    """Connect to a public address of `host`.
+def connect(host: str, port: int, timeout: float) -> socket.socket:
+    """Connect to a public address of `host` in `timeout` seconds.
 
     The connection uses the addresses that were checked: resolving the name again could give others (DNS rebinding).
     """
     failure = OSError("no address")
-    end = None if timeout is None else time.monotonic() + timeout  # for all addresses together
+    end = time.monotonic() + timeout  # for all addresses together
     for address in public_addresses(host, port):
         try:
-            return socket.create_connection((address, port), end and max(end - time.monotonic(), 0.01))
+            return socket.create_connection((address, port), max(end - time.monotonic(), 0.01))
         except OSError as error:
             failure = error
     raise failure
@@ -122,7 +123,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float):
-        self.late, self.sockets = False, []
+        self.late, self.sockets, self.end = False, [], time.monotonic() + seconds
         self.timer = threading.Timer(seconds, self._end)
 
     def __enter__(self) -> "Deadline":
@@ -131,6 +132,9 @@ class Deadline:
 
     def __exit__(self, *exc_info) -> None:
         self.timer.cancel()
+
+    def left(self) -> float:
+        return max(self.end - time.monotonic(), 0.01)
 
     def watch(self, sock: socket.socket) -> socket.socket:
         self.sockets.append(sock)
@@ -151,7 +155,7 @@ class _Connection(HTTPConnection):
         self.deadline = deadline
 
     def connect(self) -> None:
-        self.sock = self.deadline.watch(connect(self.host, self.port, self.timeout))
+        self.sock = self.deadline.watch(connect(self.host, self.port, self.deadline.left()))
 
 
 class _SecureConnection(HTTPSConnection):
@@ -161,7 +165,7 @@ class _SecureConnection(HTTPSConnection):
 
     def connect(self) -> None:
         # The certificate is checked against the name, not the address.
-        sock, context = connect(self.host, self.port, self.timeout), ssl.create_default_context()
+        sock, context = connect(self.host, self.port, self.deadline.left()), ssl.create_default_context()
         sock = context.wrap_socket(sock, server_hostname=self.host, do_handshake_on_connect=False)
         self.sock = self.deadline.watch(sock)
         self.sock.do_handshake()
@@ -253,10 +257,10 @@ def check_size(body: bytes, max_seconds: float, max_pixels: int) -> None:
     """
     import av
 
-    packets: Counter[int] = Counter()  # of each stream
+    packets, starts = Counter(), {}  # of each stream; recordings may start at any time
     try:
         # No other protocols: a playlist could otherwise read local files or the network.
-        options = {"protocol_whitelist": ""}
+        options = {"protocol_whitelist": "", "format_whitelist": CONTAINERS}
         with av.open(io.BytesIO(body), "r", metadata_errors="ignore", options=options) as container:
             streams = [stream for stream in container.streams.video if stream.codec_context]  # those with a decoder
             if not streams:
@@ -268,12 +272,12 @@ def check_size(body: bytes, max_seconds: float, max_pixels: int) -> None:
                     "scale the video down."
                 )
             for packet in container.demux(streams):
-                packets[packet.stream.index] += packet.size > 0
-                seconds = 0.0
+                index, seconds = packet.stream.index, 0.0
+                packets[index] += packet.size > 0
                 if packet.pts is not None and packet.time_base is not None:
-                    seconds = float(packet.pts * packet.time_base)
+                    seconds = abs(float((packet.pts - starts.setdefault(index, packet.pts)) * packet.time_base))
                 # Timestamps may be missing: assume at most 120 frames per second.
-                if max(seconds, packets[packet.stream.index] / 120) > max_seconds:
+                if max(seconds, packets[index] / 120) > max_seconds:
                     raise ValueError(f"the video must last at most {max_seconds:.0f} s, got more; cut it.")
     except IndexError:
         pass  # PyAV's, after the last packet, where a stream begins in the middle of the file
