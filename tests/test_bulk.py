@@ -222,6 +222,10 @@ def test_a_clip_that_takes_the_process_with_it(monkeypatch):
     with pytest.raises(ProcessLookupError):
         os.kill(second, 0)
     call.close()
+    for made, reason in ((Isolated(Misbehaves, "extra"), "TypeError: Misbehaves"), (Isolated(os._exit, 3), "its end")):
+        for _ in range(2):  # nor does it say of the second clip that this killed it
+            with pytest.raises(RuntimeError, match=f"^the process that decodes must start, .*{reason}"):
+                made("work")
 
 
 # Shards -------------------------------------------------------------------------------------------
@@ -408,10 +412,8 @@ def test_a_model_that_fails_stops_the_run(folder, nodes, tmp_path):
     stages = json.dumps([["Echo"], ["Refuses"]])
     places = (folder / "model", folder / "videos")
     status, _, error = run_in_a_fork(WITH_STAGES, stages, SCRIPT, *places, *flags, imported=ALL)
-    wanted = (
-        "error: the model must take every batch, got ValueError: the crop must be 32, got 16 in 1 videos; a smaller "
-    )
-    assert status == 1 and error.splitlines()[-1] == wanted + "batch_size may do.", error
+    reason = "the crop must be 32, got 16 in 1 videos; if memory is short, a smaller batch_size may do."
+    assert status == 1 and error.splitlines()[-1] == f"error: every stage must work, got ValueError: {reason}", error
     assert not rows_of(tmp_path)
 
 

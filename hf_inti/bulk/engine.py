@@ -142,4 +142,5 @@ def run_stages(clips: Sequence[Clip], decoder: Stage, model: Stage, plan: Plan) 
         # Ray wraps the error in tracebacks and advice; its own errors are only the wrapping.
         lines = re.findall(r"^(?!ray\.)((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", str(error), re.MULTILINE)
         reason = lines[-1] if lines else str(error).strip().splitlines()[0]
-        raise ValueError(f"the model must take every batch, got {reason}; a smaller batch_size may do.") from error
+        advice = "if memory is short, a smaller batch_size may do."
+        raise ValueError(f"every stage must work, got {reason}; {advice}") from error

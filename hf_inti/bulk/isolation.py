@@ -27,7 +27,7 @@ class Isolated:
         self.made = pickle.dumps((make, arguments))
 
     def __call__(self, value: Any) -> Any:
-        """The function's answer. Raises Died if there is none, or after SECONDS."""
+        """The function's answer. Raises Died if there is none, or after SECONDS; RuntimeError if it cannot be made."""
         if self.process is None:
             self._start()
         try:
@@ -45,8 +45,14 @@ class Isolated:
         fd = theirs.fileno()
         self.process = subprocess.Popen([sys.executable, "-m", __name__, str(fd)], pass_fds=[fd])
         theirs.close()
-        self.pipe.send_bytes(self.made)
-        self.pipe.recv()  # it is ready: importing is not the call's time
+        try:
+            self.pipe.send_bytes(self.made)
+            failure = self.pipe.recv()  # it is ready, or never will be: importing is not the call's time
+        except (EOFError, OSError):
+            failure = "its end"
+        if failure:
+            self.close()
+            raise RuntimeError(f"the process that decodes must start, got {failure}")
 
     def close(self) -> None:
         """End the process."""
@@ -62,8 +68,12 @@ class Isolated:
 
 def serve(pipe: Connection) -> None:
     """What the other process does, until nobody is there."""
-    make, arguments = pickle.loads(pipe.recv_bytes())
-    function = make(*arguments)
+    try:
+        make, arguments = pickle.loads(pipe.recv_bytes())
+        function = make(*arguments)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
     limit_memory(MEMORY)
     with suppress(EOFError, OSError):
         pipe.send(None)
