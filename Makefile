@@ -111,7 +111,7 @@ survive: .venv/installed
 
 fuzz: .venv/installed
 	$(RUN) tests/fuzz/run.py --cases 100000 $(if $(HF_INTI_TEST_DATA),--videos $(HF_INTI_TEST_DATA)/videos) \
-		--output $(RELIABILITY)/fuzz.json
+		--output outputs/fuzz.json
 
 mutants: .venv/installed
 	$(PIP) -e ".[test,mutants]"
