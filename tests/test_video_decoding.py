@@ -247,12 +247,27 @@ def test_one_frame_has_a_sensible_rate(tmp_path):
     assert info.duration == pytest.approx(0.1)
 
 
-def test_headers_are_not_trusted(clip):
+@pytest.mark.parametrize("ticks", [7, 2**32 - 1])
+def test_headers_are_not_trusted(clip, ticks):
     data = bytearray(clip.read_bytes())
     for box in (b"mvhd", b"mdhd", b"tkhd"):  # durations
         at = data.index(box) + (24 if box == b"tkhd" else 20)
-        data[at : at + 4] = struct.pack(">I", 7)
+        data[at : at + 4] = struct.pack(">I", ticks)
     assert probe_video(bytes(data)).num_frames == len(list(reference(clip)))
+
+
+def test_hundreds_of_streams(tmp_path):
+    """The first is read; the others cost no decoder."""
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mjpeg", rate=25) for _ in range(300)]
+        for stream in streams:
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for index, stream in enumerate(streams):
+            frame = av.VideoFrame.from_ndarray(picture(index, 64, 48), format="rgb24")
+            container.mux(stream.encode(frame) + stream.encode(None))
+    assert_exact(path, list(reference(path)))
+    assert probe_video(path).num_frames == 1
 
 
 def test_edit_list_cuts_frames(clip):
