@@ -110,9 +110,9 @@ def measure(args: BulkArguments, name: str, clips: Sequence[Clip]) -> dict[str, 
             "decoding": lambda: time_decoding(clips * REPEATED, decoder, cores),
             "model": lambda: time_model(row, compute, len(clips) // 8, plan.batch_size),
         }
-        # All cores decode, as in front of a fast GPU. Clips are repeated, because one decodes in milliseconds.
-        instant = decoder, Stage(SlowModel, (Result("features", 1), 0.0))
-        jobs["instant"] = partial(time_stages, clips * REPEATED, instant, plan._replace(decoders=cores))
+        # As in front of a fast GPU, all cores decode, for batches. Clips are repeated: one decodes in milliseconds.
+        instant, fast = Stage(SlowModel, (Result("features", 1), 0.0)), make_plan(resources | {"GPU": 1})
+        jobs["instant"] = partial(time_stages, clips * REPEATED, (decoder, instant), fast._replace(gpus=0))
         for n in ACTORS:
             many = [Clip(str(i), str(i)) for i in range(args.slow_videos * n)]  # they outlast the models' start
             jobs[f"slow_x{n}"] = partial(time_stages, many, slow, plan._replace(models=n, batch_size=1))

@@ -5,17 +5,19 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from ..data.unlabelled import Clip
 from .isolation import Died, Isolated
 
 
-CLIPS_PER_TASK = 8
+CLIPS_PER_TASK = 16
 MAX_TASKS = 20_000  # at once; longer lists have more clips in each
-BLOCK_BYTES = 32 * 2**20  # decoded clips that travel together
+BLOCK_BYTES = 64 * 2**20  # decoded clips that travel together
 
 
 class Stage(NamedTuple):
@@ -101,14 +103,29 @@ class _Decoder:
     """A process that has one of its own for the decoder; a clip that kills that is broken."""
 
     def __init__(self, isolated: Isolated):
-        self.isolated = isolated
+        self.isolated, self.lock = isolated, Lock()
 
-    def __call__(self, clip: dict) -> dict:
-        try:
-            return self.isolated(clip)
-        except Died as error:
-            reason = f"the process that decoded it {error} (replace the file or leave it out)"
-            return {"video": clip["video"], "error": reason, "frames": b"", "shape": []}
+    def __call__(self, clips: pa.Table) -> Iterator[pa.Table]:
+        for clip in clips.to_pylist():
+            try:
+                with self.lock:
+                    row = self.isolated(clip)
+            except Died as error:
+                reason = f"the process that decoded it {error} (replace the file or leave it out)"
+                row = {"video": clip["video"], "error": reason, "frames": b"", "shape": []}
+            yield _make_row(**row)
+
+
+def _make_row(video: str, error: str | None, frames: bytes, shape: list[int]) -> pa.Table:
+    """A table that holds the frames without a copy, which rows of Python objects would cost twice."""
+    ends = pa.py_buffer(np.array([0, len(frames)]))
+    columns = {
+        "video": pa.array([video], pa.string()),
+        "error": pa.array([error], pa.string()),
+        "frames": pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(frames)]),
+        "shape": pa.array([shape], pa.list_(pa.int64())),
+    }
+    return pa.table(columns)
 
 
 def run_stages(clips: Sequence[Clip], decoder: Stage, model: Stage, plan: Plan) -> Iterator[pa.Table]:
@@ -120,11 +137,14 @@ def run_stages(clips: Sequence[Clip], decoder: Stage, model: Stage, plan: Plan) 
     ray = import_ray()
     per_task = max(1, min(CLIPS_PER_TASK, len(clips) // plan.decoders), len(clips) // MAX_TASKS)
     rows = ray.data.from_items([clip._asdict() for clip in clips], override_num_blocks=-(-len(clips) // per_task))
-    views = rows.map(
+    views = rows.map_batches(
         _Decoder,
         fn_constructor_args=(Isolated(decoder.cls, *decoder.arguments),),
+        batch_size=None,
+        batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=plan.decoders),
         num_cpus=1,
+        max_concurrency=2,  # one task's frames are packed while another's are decoded
     )
     tables = views.map_batches(
         _Model,
