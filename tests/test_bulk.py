@@ -1,5 +1,6 @@
 """Bulk inference: what is listed, decoded, computed and written, and that nothing is lost or done twice."""
 
+import io
 import json
 import os
 import random
@@ -156,6 +157,39 @@ def test_a_shard_that_is_cut_off(folder, tmp_path):
     decode = ClipDecoder(InTIClipVideoProcessor.from_pretrained(folder / "model"), Result("features", 48))
     assert decode(first._asdict())["error"] is None
     assert "cut off" in decode(cut._asdict())["error"] and decode(end._asdict())["error"] == end.error
+
+
+def write_tar(path: Path, *names: str) -> bytearray:
+    """A tar of small files, which it returns: a header every 1,024 bytes, then zeros."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 100
+            tar.addfile(info, io.BytesIO(b"x" * 100))
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "cut in a header", "a page of zeros", "put together"])
+def test_a_shard_that_ends_too_early(tmp_path, damage):
+    """tarfile takes all of these for the end."""
+    path = tmp_path / "s.tar"
+    data = write_tar(path, *(f"{i}.mp4" for i in range(8)))
+    data[1024] ^= damage == "flipped bit"
+    if damage == "a page of zeros":
+        data[1024:5120] = bytes(4096)
+    end = {"cut": 1024, "cut in a header": 1100}.get(damage, len(data))
+    path.write_bytes(data[:end] * (2 if damage == "put together" else 1))
+    *clips, last = find_clips([str(path)])
+    assert len(clips) == (8 if damage == "put together" else 1) and not any(clip.error for clip in clips)
+    at = 8 * 1024 if damage == "put together" else 1024
+    assert last.video == str(path) and f"must end in zeros, got others or nothing at byte {at}" in last.error
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 10240])
+def test_shards_of_several_writers(tmp_path, zeros):
+    data = write_tar(tmp_path / "s.tar", "0.mp4", "1.mp4")
+    (tmp_path / "s.tar").write_bytes(data[:2048] + bytes(zeros))
+    assert [clip.error for clip in find_clips([str(tmp_path / "s.tar")])] == [None, None]
 
 
 # Decoding and computing ---------------------------------------------------------------------------

@@ -98,8 +98,17 @@ def read_shard(path: str) -> Iterator[Clip]:
             for member in tar:
                 if member.isfile() and member.name.lower().rpartition(".")[2] in VIDEO_EXTENSIONS:
                     yield Clip(f"{path}/{member.name}", path, member.offset_data, member.size)
+            _check_end(tar)
     except (OSError, tarfile.TarError) as error:
         yield Clip(path, path, error=f"not a tar that can be read to its end: {' '.join(str(error).split())}")
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ReadError unless there is nothing but zeros: tarfile also ends, quietly, where a header is damaged."""
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(2 * tarfile.RECORDSIZE)  # to see a hole in the tar, or another tar behind it
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise tarfile.ReadError(f"it must end in zeros, got others or nothing at byte {tar.offset}; pack it again")
 
 
 def _listed(name: str, root: str) -> Clip:
