@@ -1,6 +1,7 @@
 """Bulk inference: what is listed, decoded, computed and written, and that nothing is lost or done twice."""
 
 import io
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from hf_inti.bulk.engine import cluster, make_plan
 from hf_inti.bulk.isolation import Died, Isolated
 from hf_inti.bulk.model import ClipModel, Result
 from hf_inti.bulk.shards import Shards
-from hf_inti.data.unlabelled import Clip, find_clips
+from hf_inti.data.unlabelled import Clip, find_clips, read_shard
 from hf_inti.training.checkpoints import load_classifier
 
 
@@ -151,12 +152,14 @@ def test_a_shard_that_is_cut_off(folder, tmp_path):
     second = find_clips([str(folder / "shards" / "clips-0.tar")])[1]
     (tmp_path / "cut.tar").write_bytes(whole[: second.offset + 600])
     (tmp_path / "other.tar").write_bytes(b"no tar")
-    first, cut, end, other = find_clips([str(tmp_path)])
+    first, end, other = find_clips([str(tmp_path)])
     assert first.error is None and "unexpected end of data" in end.error
     assert end.video == str(tmp_path / "cut.tar") and other.video == str(tmp_path / "other.tar") and other.error
     decode = ClipDecoder(InTIClipVideoProcessor.from_pretrained(folder / "model"), Result("features", 48))
     assert decode(first._asdict())["error"] is None
-    assert "cut off" in decode(cut._asdict())["error"] and decode(end._asdict())["error"] == end.error
+    assert decode(end._asdict())["error"] == end.error
+    cut = second._replace(path=end.path)  # since it was listed
+    assert "cut off" in decode(cut._asdict())["error"]
 
 
 def write_tar(path: Path, *names: str) -> bytearray:
@@ -183,6 +186,48 @@ def test_a_shard_that_ends_too_early(tmp_path, damage):
     assert len(clips) == (8 if damage == "put together" else 1) and not any(clip.error for clip in clips)
     at = 8 * 1024 if damage == "put together" else 1024
     assert last.video == str(path) and f"must end in zeros, got others or nothing at byte {at}" in last.error
+
+
+def set_size(data: bytearray, header: int, size: int) -> None:
+    """Write a base-256 size, as numbers that octal digits have no room for."""
+    data[header + 124 : header + 136] = (b"\x80" if size >= 0 else b"\xff") + size.to_bytes(11, signed=True)
+    data[header + 148 : header + 156] = b"%06o\0 " % tarfile.calc_chksums(data[header : header + 512])[0]
+
+
+@pytest.mark.parametrize("kind", [b"0", b"S", b"L", b"x"], ids=["file", "sparse", "long name", "pax"])
+@pytest.mark.parametrize("size", [-512, -1024, -(2**70), 5000, 2**40, 2**63, 2**70])
+def test_a_shard_with_impossible_sizes(tmp_path, kind, size):
+    """Some made tarfile read the same headers for ever (CVE-2025-8194)."""
+    path = tmp_path / "s.tar"
+    data = write_tar(path, *(f"{i}.mp4" for i in range(3)))
+    data[1024 + 156 : 1024 + 157] = kind
+    set_size(data, 1024, size)
+    path.write_bytes(data[:4096])
+    clips = list(itertools.islice(read_shard(str(path)), 10))
+    assert [clip.video for clip in clips] == [f"{path}/0.mp4", str(path)] and clips[-1].error
+
+
+def test_a_shard_with_a_sparse_file(tmp_path):
+    """Its bytes are not in one piece, and its size, which is not that in the shard, may be anything."""
+    data = write_tar(tmp_path / "s.tar", "0.mp4", "1.mp4")
+    data[156:157] = b"S"
+    data[483:495] = b"\x80" + (2**70).to_bytes(11)
+    set_size(data, 0, 100)
+    (tmp_path / "s.tar").write_bytes(data)
+    first, second = find_clips([str(tmp_path / "s.tar")])
+    assert "pack it without --sparse" in first.error and first.size == -1 and second.error is None
+
+
+def test_a_shard_with_headers_for_headers(tmp_path):
+    """tarfile calls itself for each of them."""
+    path = tmp_path / "s.tar"
+    data = write_tar(path, "0.mp4", *["name"] * 2000)
+    for i in range(1, 2001):
+        data[i * 1024 + 156 : i * 1024 + 157] = b"L"
+        set_size(data, i * 1024, 100)
+    path.write_bytes(data)
+    first, last = find_clips([str(path)])
+    assert first.error is None and "recursion" in last.error
 
 
 @pytest.mark.parametrize("zeros", [512, 1024, 10240])

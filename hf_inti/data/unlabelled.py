@@ -94,13 +94,25 @@ def read_clips(source: str, video_column: str, video_root: str | None, allow_out
 def read_shard(path: str) -> Iterator[Clip]:
     """The videos in a tar, found by its headers alone. Where it cannot be read further, the last clip says so."""
     try:
+        size = os.path.getsize(path)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                # Its size may be anything: tarfile reads a negative one for ever (CVE-2025-8194).
+                if member.size < 0 or not member.offset < tar.offset <= size:
+                    raise tarfile.ReadError(f"unexpected end of data in {member.name!r}")
                 if member.isfile() and member.name.lower().rpartition(".")[2] in VIDEO_EXTENSIONS:
-                    yield Clip(f"{path}/{member.name}", path, member.offset_data, member.size)
+                    yield _member(path, member)
             _check_end(tar)
-    except (OSError, tarfile.TarError) as error:
-        yield Clip(path, path, error=f"not a tar that can be read to its end: {' '.join(str(error).split())}")
+    except Exception as error:  # tarfile raises whatever it comes upon
+        reason = " ".join((str(error) or repr(error)).split())
+        yield Clip(path, path, error=f"not a tar that can be read to its end: {reason}")
+
+
+def _member(path: str, member: tarfile.TarInfo) -> Clip:
+    video = f"{path}/{member.name}"
+    if member.issparse():
+        return Clip(video, path, error="the shard must hold all its bytes, got a sparse file; pack it without --sparse")
+    return Clip(video, path, member.offset_data, member.size)
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
