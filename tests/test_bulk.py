@@ -79,6 +79,16 @@ def rows_of(output: Path) -> list[dict]:
     return [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
+def write_tar(path: Path, *names: str) -> bytearray:
+    """A tar of small files, which it returns: a header every 1,024 bytes, then zeros."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 100
+            tar.addfile(info, io.BytesIO(b"x" * 100))
+    return bytearray(path.read_bytes())
+
+
 # Listing ------------------------------------------------------------------------------------------
 
 
@@ -135,12 +145,18 @@ def test_lists_stay_in_their_root(tmp_path, name):
     [
         ("s3://bucket/a.mp4", "must start with http:// or https://, got s3://bucket/a.mp4"),
         ("{tmp}/none.tar", "must name tar shards"),
-        ("{tmp}", "holds no videos"),
+        ("{tmp}/x-{{0..2}}.tar", "must name tar shards, got no file .*x-1.tar; correct"),
+        ("{tmp}/x-{{0..2}}*.tar", "must name tar shards, got no file .*x-1\\*.tar; correct"),
+        ("{tmp}/x-{{2..0}}.tar", "must name tar shards"),
+        ("{tmp}/empty", "holds no videos"),
         ("{tmp}/list.csv", "must have a column 'video', got \\['name'\\]"),
         ("{tmp}/list.jsonl", "must give a path or URL for every video, got None"),
     ],
 )
 def test_places_that_hold_nothing(tmp_path, place, message):
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "x-0.tar", "0.mp4")
+    write_tar(tmp_path / "x-2.tar", "2.mp4")
     (tmp_path / "list.csv").write_text("name\na.mp4\n")
     (tmp_path / "list.jsonl").write_text('{"video": "a.mp4"}\n{"video": null}\n')
     with pytest.raises(ValueError, match=message):
@@ -160,16 +176,6 @@ def test_a_shard_that_is_cut_off(folder, tmp_path):
     assert decode(end._asdict())["error"] == end.error
     cut = second._replace(path=end.path)  # since it was listed
     assert "cut off" in decode(cut._asdict())["error"]
-
-
-def write_tar(path: Path, *names: str) -> bytearray:
-    """A tar of small files, which it returns: a header every 1,024 bytes, then zeros."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = 100
-            tar.addfile(info, io.BytesIO(b"x" * 100))
-    return bytearray(path.read_bytes())
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut", "cut in a header", "a page of zeros", "put together"])

@@ -157,10 +157,11 @@ def _search(folder: str) -> list[str]:
 
 
 def _match(pattern: str) -> list[str]:
-    """Shards by name, number range or pattern. Raises ValueError where there are none."""
+    """Shards by name, number range or pattern. Raises ValueError where one is missing."""
     found = []
-    for part in expand_braces(pattern):
-        found += [part] if os.path.isfile(part) else sorted(glob.glob(part))
-    if not found:
-        raise ValueError(f"{pattern} must name tar shards, got no such file; correct the path.")
+    for part in expand_braces(pattern) or [pattern]:
+        files = [part] if os.path.isfile(part) else sorted(glob.glob(part))
+        if not files:
+            raise ValueError(f"{pattern} must name tar shards, got no file {part}; correct the path.")
+        found += files
     return found
