@@ -243,6 +243,27 @@ def test_shards_of_several_writers(tmp_path, zeros):
     assert [clip.error for clip in find_clips([str(tmp_path / "s.tar")])] == [None, None]
 
 
+def test_names_that_are_not_utf8(folder, loaded, tmp_path):
+    """Arrow has no such strings. In a shard they are only ids; what must be opened by them is to be renamed."""
+    name = os.fsdecode(b"caf\xe9")
+    for path in (tmp_path / f"{name}.mp4", tmp_path / name / "0.mp4"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((folder / "loose" / "4.mp4").read_bytes())
+    for path in (tmp_path / "s.tar", tmp_path / f"{name}.tar"):
+        with tarfile.open(path, "w") as tar:
+            tar.add(folder / "loose" / "4.mp4", f"{name}.mp4")
+    (tmp_path / "list.json").write_text(json.dumps([{"video": f"{name}.mp4"}, {"video": f"https://a.org/{name}"}]))
+    clips = find_clips([str(tmp_path), str(tmp_path / "list.json")])
+    shown = ["caf\\udce9.mp4", "caf\\udce9/0.mp4", "https://a.org/caf\\udce9", "caf\\udce9.tar", "s.tar/caf\\udce9.mp4"]
+    assert sorted(clip.video.removeprefix(f"{tmp_path}/") for clip in clips) == sorted(shown)
+    pa.Table.from_pylist([clip._asdict() for clip in clips])  # as Ray does
+    decode = ClipDecoder(loaded[1], Result("features", 48))
+    good = next(clip for clip in clips if "s.tar" in clip.video)
+    for clip in clips:
+        error = decode(clip._asdict())["error"]
+        assert error is None if clip == good else "must be UTF-8, got another encoding; rename" in error
+
+
 # Decoding and computing ---------------------------------------------------------------------------
 
 

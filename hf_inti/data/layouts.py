@@ -91,6 +91,8 @@ def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool =
             )
         if url := next((path for path in tried if "://" in path), None):
             raise ValueError(f"listed videos must be files, got {url}; download it, and list the file.")
+        if name := next((path for path in tried if path != printable(path)), None):
+            raise ValueError(f"names of videos must be UTF-8, got another encoding in {printable(name)}; rename it.")
         path = next((name for name in tried if os.path.exists(name)), None)
         found = found or path is not None
         paths.append(path or tried[0])
@@ -101,6 +103,11 @@ def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool =
             f"{' and '.join(tried)}; set video_root= to the folder that holds them."
         )
     return paths
+
+
+def printable(name: str) -> str:
+    """The name with escapes for what is not UTF-8: Arrow has no such strings."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def is_inside(path: str, folder: str | os.PathLike) -> bool:

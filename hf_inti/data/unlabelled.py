@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from .layouts import PATH_COLUMNS, VIDEO_EXTENSIONS, expand_braces, is_inside, read_csv, read_json, read_lines
+from .layouts import (
+    PATH_COLUMNS,
+    VIDEO_EXTENSIONS,
+    expand_braces,
+    is_inside,
+    printable,
+    read_csv,
+    read_json,
+    read_lines,
+)
 
 
 LISTS = (".txt", ".csv", ".json", ".jsonl", ".parquet")
@@ -93,6 +102,9 @@ def read_clips(source: str, video_column: str, video_root: str | None, allow_out
 
 def read_shard(path: str) -> Iterator[Clip]:
     """The videos in a tar, found by its headers alone. Where it cannot be read further, the last clip says so."""
+    if path != printable(path):
+        yield _place(path)
+        return
     try:
         size = os.path.getsize(path)
         with tarfile.open(path, "r:") as tar:
@@ -109,7 +121,7 @@ def read_shard(path: str) -> Iterator[Clip]:
 
 
 def _member(path: str, member: tarfile.TarInfo) -> Clip:
-    video = f"{path}/{member.name}"
+    video = f"{path}/{printable(member.name)}"
     if member.issparse():
         return Clip(video, path, error="the shard must hold all its bytes, got a sparse file; pack it without --sparse")
     return Clip(video, path, member.offset_data, member.size)
@@ -126,11 +138,17 @@ def _check_end(tar: tarfile.TarFile) -> None:
 def _listed(name: str, root: str) -> Clip:
     scheme, separator, _ = name.partition("://")
     if not separator:
-        path = os.path.abspath(os.path.join(root, name))
-        return Clip(path, path)
+        return _place(os.path.abspath(os.path.join(root, name)))
     if scheme.lower() not in ("http", "https"):
         raise ValueError(f"a URL must start with http:// or https://, got {name[:100]}; download or mount it first.")
-    return Clip(name, name)
+    return _place(name)
+
+
+def _place(path: str) -> Clip:
+    """A file or URL, if Arrow has strings for its name, which goes to other machines."""
+    shown = printable(path)
+    error = None if shown == path else "its name must be UTF-8, got another encoding; rename it"
+    return Clip(shown, shown, error=error)
 
 
 def _column(source: str, video_column: str) -> list[str | None]:
