@@ -361,9 +361,11 @@ def test_shards_are_whole_or_not_there(tmp_path, monkeypatch):
         with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
             shards.add(table("d"))
     assert len(rows_of(tmp_path)) == 3 and list(tmp_path.glob("*.part"))
+    assert len(pq.read_table(tmp_path)) == 3  # as during a run
+    (tmp_path / "film.part").touch()  # not a run's
     with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
         assert shards.done == {"a": None, "b": None, "c": "bad"}
-    assert not list(tmp_path.glob("*.part"))
+    assert [path.name for path in tmp_path.glob("*.part")] == ["film.part"]
 
 
 def test_shards_are_known_by_their_content(tmp_path):

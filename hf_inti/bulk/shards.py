@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 
 SETTINGS = b"hf_inti"  # the key in a shard's metadata
-PART = ".part"  # the end of the name of a shard that is not whole
+PART = ".{}.part"  # the name of a shard that is not whole; what reads the folder skips those with a dot
 
 
 class Shards:
@@ -44,7 +44,7 @@ class Shards:
             message = f"output_dir must have one run at a time, got another in {self.folder}; wait for it or end it."
             raise ValueError(message) from None
         try:
-            for part in self.folder.glob(f"*{PART}"):  # of a run that was killed
+            for part in self.folder.glob(PART.format("*.parquet")):  # of a run that was killed
                 part.unlink()
             for path in self._paths():
                 self.done |= self._read(path)
@@ -100,7 +100,7 @@ class Shards:
             self.waiting.clear()
 
     def _write(self, table: pa.Table, path: Path) -> None:
-        part = path.with_name(path.name + PART)
+        part = path.with_name(PART.format(path.name))
         with open(part, "wb") as file:
             pq.write_table(table, file)
             file.flush()
