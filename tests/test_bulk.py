@@ -368,15 +368,18 @@ def test_shards_are_whole_or_not_there(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("*.part")] == ["film.part"]
 
 
-def test_shards_are_known_by_their_content(tmp_path):
+@pytest.mark.parametrize("name", ["mine.parquet", "part-0.parquet", "shard_7_old.parquet", "part_7.parquet"])
+def test_shards_are_known_by_their_content(tmp_path, name):
     with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
         shards.add(table("a"))
         shards.add(table("b"))
-    (tmp_path / "shard_000000.parquet").rename(tmp_path / "mine.parquet")
+    (tmp_path / "shard_000000.parquet").rename(tmp_path / name)
     with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
         assert set(shards.done) == {"a", "b"}
         shards.add(table("a", "c"))
     assert sorted(row["video"] for row in rows_of(tmp_path)) == ["a", "b", "c"]
+    names = [path.name for path in tmp_path.glob("*.parquet")]
+    assert sorted(names) == sorted([name, "shard_000001.parquet", "shard_000002.parquet"])
 
 
 def test_broken_ones_are_tried_again(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -94,8 +95,9 @@ class Shards:
     def flush(self) -> None:
         """Write what was added since the last shard."""
         if self.waiting:
-            numbers = [int(path.stem.rpartition("_")[2]) for path in self._paths() if path.stem[-1:].isdigit()]
-            path = self.folder / f"shard_{max(numbers, default=-1) + 1:06d}.parquet"
+            own = [re.fullmatch(r"shard_(\d+)", path.stem) for path in self._paths()]  # others were renamed
+            number = max((int(match[1]) + 1 for match in own if match), default=0)
+            path = self.folder / f"shard_{number:06d}.parquet"
             self._write(pa.concat_tables(self.waiting), path)
             self.waiting.clear()
 
