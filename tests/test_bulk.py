@@ -163,6 +163,34 @@ def test_places_that_hold_nothing(tmp_path, place, message):
         find_clips([place.format(tmp=tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("l.json", '[{"video": "a.mp4"}, "b.mp4"]', "must hold an object for every video, got 'b.mp4' for video 2"),
+        ("l.jsonl", '{"video": "a.mp4"}\n3\n', "must hold an object for every video, got 3 for video 2"),
+        ("l.jsonl", '{"video": "a.mp4"}\nnull\n', "must hold an object for every video, got None for video 2"),
+        ("l.jsonl", '{"video": {"path": "a.mp4"}}\n', "must give a path or URL for every video, got {.*} for video 1"),
+        ("l.json", '[{"video": "a.mp4"}, {"n": 1}]', "must give a path or URL for every video, got None for video 2"),
+        ("l.json", "[" * 100_000, "must be valid JSON, got .*recursion"),
+        ("l.csv", "video\na.mp4\n" + "b" * 200_000, "must be a csv, got field larger than .* in line 'bbb.*; shorten"),
+        ("l.csv", "b" * 200_000 + "\na.mp4", "must be a csv, got field larger than .* in line 'bbb.*; shorten"),
+        ("l.parquet", ["a.mp4", None], "must give a path or URL for every video, got None for video 2; fix"),
+        ("l.parquet", [1], "must give a path or URL for every video, got 1 for video 1; fix"),
+        ("l.parquet", [["a.mp4"]], "must give a path or URL for every video, got \\['a.mp4'\\] for video 1; fix"),
+        ("l.parquet", "no table", "must be a Parquet file with one column of each name, got: .*write it again"),
+    ],
+)
+def test_lists_with_a_bad_row(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        pq.write_table(pa.table({"video": content}), path)
+    with pytest.raises(ValueError, match=f"^{path} {message}") as error:
+        find_clips([str(path)])
+    assert len(str(error.value)) < 500
+
+
 def test_a_shard_that_is_cut_off(folder, tmp_path):
     whole = (folder / "shards" / "clips-0.tar").read_bytes()
     second = find_clips([str(folder / "shards" / "clips-0.tar")])[1]

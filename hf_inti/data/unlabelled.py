@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .layouts import (
@@ -87,9 +88,10 @@ def read_clips(source: str, video_column: str, video_root: str | None, allow_out
     """The clips of a list; see `find_clips`."""
     root = os.path.abspath(video_root or os.path.dirname(source))
     clips = []
-    for name in _column(source, video_column):
+    for number, name in enumerate(_column(source, video_column), 1):
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{source} must give a path or URL for every video, got {name!r}; fix this row.")
+            got = f"{repr(name)[:100]} for video {number}"
+            raise ValueError(f"{source} must give a path or URL for every video, got {got}; fix this row.")
         clip = _listed(name, root)
         if "://" not in name and not allow_outside_root and not is_inside(clip.path, root):
             raise ValueError(
@@ -157,16 +159,27 @@ def _column(source: str, video_column: str) -> list[str | None]:
     if kind == "txt":
         return read_lines(source)
     if kind == "parquet":
-        columns = pq.read_schema(source).names
-    else:
-        rows = read_csv(source) if kind == "csv" else read_json(source)
-        columns = list(rows[0])
+        return _parquet_column(source, video_column)
+    rows = read_csv(source) if kind == "csv" else read_json(source)
+    column = _choose_column(source, list(rows[0]), video_column)
+    return [row.get(column) for row in rows]
+
+
+def _parquet_column(source: str, video_column: str) -> list[str | None]:
+    try:
+        column = _choose_column(source, pq.read_schema(source).names, video_column)
+        return pq.read_table(source, columns=[column])[column].to_pylist()
+    except pa.ArrowInvalid as error:
+        reason = " ".join(str(error).split())[:200]
+        message = f"{source} must be a Parquet file with one column of each name, got: {reason}; write it again."
+        raise ValueError(message) from None
+
+
+def _choose_column(source: str, columns: list[str], video_column: str) -> str:
     column = next((name for name in (video_column, "url", *PATH_COLUMNS) if name in columns), None)
     if column is None:
         raise ValueError(f"{source} must have a column {video_column!r}, got {columns}; name it with video_column.")
-    if kind == "parquet":
-        return pq.read_table(source, columns=[column])[column].to_pylist()
-    return [row.get(column) for row in rows]
+    return column
 
 
 def _search(folder: str) -> list[str]:
