@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from hf_inti.bulk.engine import cluster, import_ray, make_plan
 from hf_inti.bulk.model import PRECISIONS, Result
-from hf_inti.bulk.run import fill, settings_of, stages_of
+from hf_inti.bulk.run import fill, retry_broken, settings_of, stages_of
 from hf_inti.bulk.shards import Shards
 from hf_inti.data.clips import BadVideos
 from hf_inti.data.unlabelled import find_clips
@@ -76,7 +76,7 @@ def main() -> None:
     settings = settings_of(model, processor, result)
     with Shards(args.output_dir, result.schema(), settings, args.shard_rows) as shards:
         if args.retry_broken:
-            shards.forget_broken({clip.video for clip in clips})
+            retry_broken(shards, clips)
         if any(clip.video not in shards.done for clip in clips):
             with cluster(args.ray_address) as resources:
                 plan = make_plan(resources, args.models, args.decoders, args.batch_size)

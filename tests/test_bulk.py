@@ -27,6 +27,7 @@ from hf_inti.bulk.decoding import ClipDecoder
 from hf_inti.bulk.engine import cluster, make_plan
 from hf_inti.bulk.isolation import Died, Isolated
 from hf_inti.bulk.model import ClipModel, Result
+from hf_inti.bulk.run import retry_broken
 from hf_inti.bulk.shards import Shards
 from hf_inti.data.unlabelled import Clip, find_clips, read_shard
 from hf_inti.training.checkpoints import load_classifier
@@ -423,6 +424,20 @@ def test_broken_ones_are_tried_again(tmp_path):
         assert shards.done == {"a": None, "c": "bad"}
         shards.forget_broken({"c"})
         assert shards.done == {"a": None}
+
+
+def test_a_mended_shard_is_tried_again(tmp_path):
+    """The row of a tar that could not be read is that of no clip in it."""
+    data = write_tar(tmp_path / "s.tar", "0.mp4", "1.mp4")
+    (tmp_path / "s.tar").write_bytes(data[:1024])
+    with Shards(tmp_path / "out", SCHEMA, SETTINGS, 2) as shards:
+        for clip in find_clips([str(tmp_path / "s.tar")]):
+            shards.add(table(clip.video, error=clip.error))
+        assert set(shards.done) == {str(tmp_path / "s.tar"), str(tmp_path / "s.tar" / "0.mp4")}
+        (tmp_path / "s.tar").write_bytes(data)
+        shards.flush()
+        retry_broken(shards, find_clips([str(tmp_path / "s.tar")]))
+        assert set(shards.done) == {str(tmp_path / "s.tar" / "0.mp4")}
 
 
 def test_shards_that_do_not_fit(tmp_path):

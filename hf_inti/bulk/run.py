@@ -38,6 +38,11 @@ def stages_of(
     return decoder, Stage(ClipModel, (model, processor, result, plan.threads))
 
 
+def retry_broken(shards: Shards, clips: Sequence[Clip]) -> None:
+    """Have `fill` try the broken ones again, and forget what was wrong with the tar shards they are in."""
+    shards.forget_broken({name for clip in clips for name in (clip.video, clip.path)})
+
+
 def fill(shards: Shards, clips: Sequence[Clip], stages: tuple[Stage, Stage], plan: Plan) -> None:
     """Compute the clips that `shards` lack."""
     todo = [clip for clip in clips if clip.video not in shards.done]
