@@ -701,6 +701,14 @@ def test_all_broken(tmp_path):
     assert not VideoClips(dataset, WithBlank(), on_bad_video="keep")[0]["ok"]  # nothing stops an evaluation
 
 
+def test_reports_without_signatures():
+    bad = BadVideos()
+    bad.add({f"https://a.org/{name}?key=secret&n={i}": "too large?" for i, name in enumerate("aab")})
+    bad.add({"videos/why?.mp4": "not a video"})
+    lines = [*(f"https://a.org/{name}: too large?" for name in "aab"), "videos/why?.mp4: not a video"]
+    assert bad.report().splitlines() == ["4 broken videos", *lines]
+
+
 def test_bad_videos_are_counted_once():
     bad = BadVideos()
     bad.add({"b.mp4": "frame 3 cannot be decoded", "a.mp4": "empty"})
