@@ -44,7 +44,7 @@ class BulkArguments:
     decoders: int | None = field(
         default=None, metadata={"help": "Processes that decode, at most; default: free cores."}
     )
-    shard_rows: int = field(default=10_000, metadata={"help": "Videos in each shard; one is written every 5 minutes."})
+    shard_rows: int = field(default=10_000, metadata={"help": "Videos in each shard; fewer after 5 minutes."})
     retry_broken: bool = field(
         default=False, metadata={"help": "Try again those of these videos that are broken in output_dir."}
     )

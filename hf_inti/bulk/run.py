@@ -17,7 +17,7 @@ from .model import ClipModel, Result
 from .shards import Shards
 
 
-SAVE_SECONDS = 300  # at least as often a shard is written: what a kill may cost
+SAVE_SECONDS = 300  # results that arrive as long after the last were saved are written at once
 
 
 def settings_of(model: PreTrainedModel, processor: InTIClipVideoProcessor, result: Result) -> dict:
