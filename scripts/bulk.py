@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from hf_inti.bulk.engine import cluster, import_ray, make_plan
 from hf_inti.bulk.model import PRECISIONS, Result
-from hf_inti.bulk.run import fill, settings_of, stages_of
+from hf_inti.bulk.run import fill, retry_broken, settings_of, stages_of
 from hf_inti.bulk.shards import Shards
 from hf_inti.data.clips import BadVideos
 from hf_inti.data.unlabelled import find_clips
@@ -44,7 +44,7 @@ class BulkArguments:
     decoders: int | None = field(
         default=None, metadata={"help": "Processes that decode, at most; default: free cores."}
     )
-    shard_rows: int = field(default=10_000, metadata={"help": "Videos in each shard; one is written every 5 minutes."})
+    shard_rows: int = field(default=10_000, metadata={"help": "Videos in each shard; fewer after 5 minutes."})
     retry_broken: bool = field(
         default=False, metadata={"help": "Try again those of these videos that are broken in output_dir."}
     )
@@ -76,7 +76,7 @@ def main() -> None:
     settings = settings_of(model, processor, result)
     with Shards(args.output_dir, result.schema(), settings, args.shard_rows) as shards:
         if args.retry_broken:
-            shards.forget_broken({clip.video for clip in clips})
+            retry_broken(shards, clips)
         if any(clip.video not in shards.done for clip in clips):
             with cluster(args.ray_address) as resources:
                 plan = make_plan(resources, args.models, args.decoders, args.batch_size)

@@ -1,5 +1,7 @@
 """Bulk inference: what is listed, decoded, computed and written, and that nothing is lost or done twice."""
 
+import io
+import itertools
 import json
 import os
 import random
@@ -25,8 +27,9 @@ from hf_inti.bulk.decoding import ClipDecoder
 from hf_inti.bulk.engine import cluster, make_plan
 from hf_inti.bulk.isolation import Died, Isolated
 from hf_inti.bulk.model import ClipModel, Result
+from hf_inti.bulk.run import retry_broken
 from hf_inti.bulk.shards import Shards
-from hf_inti.data.unlabelled import Clip, find_clips
+from hf_inti.data.unlabelled import Clip, find_clips, read_shard
 from hf_inti.training.checkpoints import load_classifier
 
 
@@ -75,6 +78,16 @@ def expected(folder, loaded) -> dict[str, torch.Tensor]:
 
 def rows_of(output: Path) -> list[dict]:
     return [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def write_tar(path: Path, *names: str) -> bytearray:
+    """A tar of small files, which it returns: a header every 1,024 bytes, then zeros."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 100
+            tar.addfile(info, io.BytesIO(b"x" * 100))
+    return bytearray(path.read_bytes())
 
 
 # Listing ------------------------------------------------------------------------------------------
@@ -133,16 +146,50 @@ def test_lists_stay_in_their_root(tmp_path, name):
     [
         ("s3://bucket/a.mp4", "must start with http:// or https://, got s3://bucket/a.mp4"),
         ("{tmp}/none.tar", "must name tar shards"),
-        ("{tmp}", "holds no videos"),
+        ("{tmp}/x-{{0..2}}.tar", "must name tar shards, got no file .*x-1.tar; correct"),
+        ("{tmp}/x-{{0..2}}*.tar", "must name tar shards, got no file .*x-1\\*.tar; correct"),
+        ("{tmp}/x-{{2..0}}.tar", "must name tar shards"),
+        ("{tmp}/empty", "holds no videos"),
         ("{tmp}/list.csv", "must have a column 'video', got \\['name'\\]"),
         ("{tmp}/list.jsonl", "must give a path or URL for every video, got None"),
     ],
 )
 def test_places_that_hold_nothing(tmp_path, place, message):
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "x-0.tar", "0.mp4")
+    write_tar(tmp_path / "x-2.tar", "2.mp4")
     (tmp_path / "list.csv").write_text("name\na.mp4\n")
     (tmp_path / "list.jsonl").write_text('{"video": "a.mp4"}\n{"video": null}\n')
     with pytest.raises(ValueError, match=message):
         find_clips([place.format(tmp=tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("l.json", '[{"video": "a.mp4"}, "b.mp4"]', "must hold an object for every video, got 'b.mp4' for video 2"),
+        ("l.jsonl", '{"video": "a.mp4"}\n3\n', "must hold an object for every video, got 3 for video 2"),
+        ("l.jsonl", '{"video": "a.mp4"}\nnull\n', "must hold an object for every video, got None for video 2"),
+        ("l.jsonl", '{"video": {"path": "a.mp4"}}\n', "must give a path or URL for every video, got {.*} for video 1"),
+        ("l.json", '[{"video": "a.mp4"}, {"n": 1}]', "must give a path or URL for every video, got None for video 2"),
+        ("l.json", "[" * 100_000, "must be valid JSON, got .*recursion"),
+        ("l.csv", "video\na.mp4\n" + "b" * 200_000, "must be a csv, got field larger than .* in line 'bbb.*; shorten"),
+        ("l.csv", "b" * 200_000 + "\na.mp4", "must be a csv, got field larger than .* in line 'bbb.*; shorten"),
+        ("l.parquet", ["a.mp4", None], "must give a path or URL for every video, got None for video 2; fix"),
+        ("l.parquet", [1], "must give a path or URL for every video, got 1 for video 1; fix"),
+        ("l.parquet", [["a.mp4"]], "must give a path or URL for every video, got \\['a.mp4'\\] for video 1; fix"),
+        ("l.parquet", "no table", "must be a Parquet file with one column of each name, got: .*write it again"),
+    ],
+)
+def test_lists_with_a_bad_row(tmp_path, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        pq.write_table(pa.table({"video": content}), path)
+    with pytest.raises(ValueError, match=f"^{path} {message}") as error:
+        find_clips([str(path)])
+    assert len(str(error.value)) < 500
 
 
 def test_a_shard_that_is_cut_off(folder, tmp_path):
@@ -150,12 +197,100 @@ def test_a_shard_that_is_cut_off(folder, tmp_path):
     second = find_clips([str(folder / "shards" / "clips-0.tar")])[1]
     (tmp_path / "cut.tar").write_bytes(whole[: second.offset + 600])
     (tmp_path / "other.tar").write_bytes(b"no tar")
-    first, cut, end, other = find_clips([str(tmp_path)])
+    first, end, other = find_clips([str(tmp_path)])
     assert first.error is None and "unexpected end of data" in end.error
     assert end.video == str(tmp_path / "cut.tar") and other.video == str(tmp_path / "other.tar") and other.error
     decode = ClipDecoder(InTIClipVideoProcessor.from_pretrained(folder / "model"), Result("features", 48))
     assert decode(first._asdict())["error"] is None
-    assert "cut off" in decode(cut._asdict())["error"] and decode(end._asdict())["error"] == end.error
+    assert decode(end._asdict())["error"] == end.error
+    cut = second._replace(path=end.path)  # since it was listed
+    assert "cut off" in decode(cut._asdict())["error"]
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "cut in a header", "a page of zeros", "put together"])
+def test_a_shard_that_ends_too_early(tmp_path, damage):
+    """tarfile takes all of these for the end."""
+    path = tmp_path / "s.tar"
+    data = write_tar(path, *(f"{i}.mp4" for i in range(8)))
+    data[1024] ^= damage == "flipped bit"
+    if damage == "a page of zeros":
+        data[1024:5120] = bytes(4096)
+    end = {"cut": 1024, "cut in a header": 1100}.get(damage, len(data))
+    path.write_bytes(data[:end] * (2 if damage == "put together" else 1))
+    *clips, last = find_clips([str(path)])
+    assert len(clips) == (8 if damage == "put together" else 1) and not any(clip.error for clip in clips)
+    at = 8 * 1024 if damage == "put together" else 1024
+    assert last.video == str(path) and f"must end in zeros, got others or nothing at byte {at}" in last.error
+
+
+def set_size(data: bytearray, header: int, size: int) -> None:
+    """Write a base-256 size, as numbers that octal digits have no room for."""
+    data[header + 124 : header + 136] = (b"\x80" if size >= 0 else b"\xff") + size.to_bytes(11, signed=True)
+    data[header + 148 : header + 156] = b"%06o\0 " % tarfile.calc_chksums(data[header : header + 512])[0]
+
+
+@pytest.mark.parametrize("kind", [b"0", b"S", b"L", b"x"], ids=["file", "sparse", "long name", "pax"])
+@pytest.mark.parametrize("size", [-512, -1024, -(2**70), 5000, 2**40, 2**63, 2**70])
+def test_a_shard_with_impossible_sizes(tmp_path, kind, size):
+    """Some made tarfile read the same headers for ever (CVE-2025-8194)."""
+    path = tmp_path / "s.tar"
+    data = write_tar(path, *(f"{i}.mp4" for i in range(3)))
+    data[1024 + 156 : 1024 + 157] = kind
+    set_size(data, 1024, size)
+    path.write_bytes(data[:4096])
+    clips = list(itertools.islice(read_shard(str(path)), 10))
+    assert [clip.video for clip in clips] == [f"{path}/0.mp4", str(path)] and clips[-1].error
+
+
+def test_a_shard_with_a_sparse_file(tmp_path):
+    """Its bytes are not in one piece, and its size, which is not that in the shard, may be anything."""
+    data = write_tar(tmp_path / "s.tar", "0.mp4", "1.mp4")
+    data[156:157] = b"S"
+    data[483:495] = b"\x80" + (2**70).to_bytes(11)
+    set_size(data, 0, 100)
+    (tmp_path / "s.tar").write_bytes(data)
+    first, second = find_clips([str(tmp_path / "s.tar")])
+    assert "pack it without --sparse" in first.error and first.size == -1 and second.error is None
+
+
+def test_a_shard_with_headers_for_headers(tmp_path):
+    """tarfile calls itself for each of them."""
+    path = tmp_path / "s.tar"
+    data = write_tar(path, "0.mp4", *["name"] * 2000)
+    for i in range(1, 2001):
+        data[i * 1024 + 156 : i * 1024 + 157] = b"L"
+        set_size(data, i * 1024, 100)
+    path.write_bytes(data)
+    first, last = find_clips([str(path)])
+    assert first.error is None and "recursion" in last.error
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 10240])
+def test_shards_of_several_writers(tmp_path, zeros):
+    data = write_tar(tmp_path / "s.tar", "0.mp4", "1.mp4")
+    (tmp_path / "s.tar").write_bytes(data[:2048] + bytes(zeros))
+    assert [clip.error for clip in find_clips([str(tmp_path / "s.tar")])] == [None, None]
+
+
+def test_names_that_are_not_utf8(folder, loaded, tmp_path):
+    """Arrow has no such strings. In a shard they are only ids; what must be opened by them is to be renamed."""
+    name = os.fsdecode(b"caf\xe9")
+    for path in (tmp_path / f"{name}.mp4", tmp_path / name / "0.mp4"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((folder / "loose" / "4.mp4").read_bytes())
+    for path in (tmp_path / "s.tar", tmp_path / f"{name}.tar"):
+        with tarfile.open(path, "w") as tar:
+            tar.add(folder / "loose" / "4.mp4", f"{name}.mp4")
+    (tmp_path / "list.json").write_text(json.dumps([{"video": f"{name}.mp4"}, {"video": f"https://a.org/{name}"}]))
+    clips = find_clips([str(tmp_path), str(tmp_path / "list.json")])
+    shown = ["caf\\udce9.mp4", "caf\\udce9/0.mp4", "https://a.org/caf\\udce9", "caf\\udce9.tar", "s.tar/caf\\udce9.mp4"]
+    assert sorted(clip.video.removeprefix(f"{tmp_path}/") for clip in clips) == sorted(shown)
+    pa.Table.from_pylist([clip._asdict() for clip in clips])  # as Ray does
+    decode = ClipDecoder(loaded[1], Result("features", 48))
+    good = next(clip for clip in clips if "s.tar" in clip.video)
+    for clip in clips:
+        error = decode(clip._asdict())["error"]
+        assert error is None if clip == good else "must be UTF-8, got another encoding; rename" in error
 
 
 # Decoding and computing ---------------------------------------------------------------------------
@@ -259,20 +394,25 @@ def test_shards_are_whole_or_not_there(tmp_path, monkeypatch):
         with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
             shards.add(table("d"))
     assert len(rows_of(tmp_path)) == 3 and list(tmp_path.glob("*.part"))
+    assert len(pq.read_table(tmp_path)) == 3  # as during a run
+    (tmp_path / "film.part").touch()  # not a run's
     with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
         assert shards.done == {"a": None, "b": None, "c": "bad"}
-    assert not list(tmp_path.glob("*.part"))
+    assert [path.name for path in tmp_path.glob("*.part")] == ["film.part"]
 
 
-def test_shards_are_known_by_their_content(tmp_path):
+@pytest.mark.parametrize("name", ["mine.parquet", "part-0.parquet", "shard_7_old.parquet", "part_7.parquet"])
+def test_shards_are_known_by_their_content(tmp_path, name):
     with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
         shards.add(table("a"))
         shards.add(table("b"))
-    (tmp_path / "shard_000000.parquet").rename(tmp_path / "mine.parquet")
+    (tmp_path / "shard_000000.parquet").rename(tmp_path / name)
     with Shards(tmp_path, SCHEMA, SETTINGS, 1) as shards:
         assert set(shards.done) == {"a", "b"}
         shards.add(table("a", "c"))
     assert sorted(row["video"] for row in rows_of(tmp_path)) == ["a", "b", "c"]
+    names = [path.name for path in tmp_path.glob("*.parquet")]
+    assert sorted(names) == sorted([name, "shard_000001.parquet", "shard_000002.parquet"])
 
 
 def test_broken_ones_are_tried_again(tmp_path):
@@ -288,6 +428,20 @@ def test_broken_ones_are_tried_again(tmp_path):
         assert shards.done == {"a": None, "c": "bad"}
         shards.forget_broken({"c"})
         assert shards.done == {"a": None}
+
+
+def test_a_mended_shard_is_tried_again(tmp_path):
+    """The row of a tar that could not be read is that of no clip in it."""
+    data = write_tar(tmp_path / "s.tar", "0.mp4", "1.mp4")
+    (tmp_path / "s.tar").write_bytes(data[:1024])
+    with Shards(tmp_path / "out", SCHEMA, SETTINGS, 2) as shards:
+        for clip in find_clips([str(tmp_path / "s.tar")]):
+            shards.add(table(clip.video, error=clip.error))
+        assert set(shards.done) == {str(tmp_path / "s.tar"), str(tmp_path / "s.tar" / "0.mp4")}
+        (tmp_path / "s.tar").write_bytes(data)
+        shards.flush()
+        retry_broken(shards, find_clips([str(tmp_path / "s.tar")]))
+        assert set(shards.done) == {str(tmp_path / "s.tar" / "0.mp4")}
 
 
 def test_shards_that_do_not_fit(tmp_path):

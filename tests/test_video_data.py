@@ -245,6 +245,16 @@ def test_an_archive_that_cannot_be_read_is_a_broken_video(tmp_path, archive):
         clips[0]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_that_are_not_utf8(tmp_path, streaming):
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / "list.json").write_text(json.dumps([{"video": f"{name}.mp4", "label": "a"}]))
+    touch(tmp_path / "v" / "a" / f"{name}.mp4", tmp_path / "c" / name / "0.mp4", tmp_path / f"{name}.mp4")
+    for source in ("v", "c", "list.json"):
+        with pytest.raises(ValueError, match=r"must be UTF-8, got another encoding in .*caf\\udce9.*; rename it"):
+            load_video_dataset(tmp_path / source, streaming=streaming)
+
+
 def test_class_folders_need_no_root(tmp_path):
     touch(tmp_path / "videos" / "a" / "1.mp4")
     assert len(load_video_dataset(tmp_path / "videos", layout="folder", video_root=tmp_path / "other")) == 1
@@ -689,6 +699,14 @@ def test_all_broken(tmp_path):
     with pytest.raises(VideoDecodingError, match="; 100 videos in a row could not be decoded"):
         VideoClips(dataset, transform, on_bad_video="skip")[0]
     assert not VideoClips(dataset, WithBlank(), on_bad_video="keep")[0]["ok"]  # nothing stops an evaluation
+
+
+def test_reports_without_signatures():
+    bad = BadVideos()
+    bad.add({f"https://a.org/{name}?key=secret&n={i}": "too large?" for i, name in enumerate("aab")})
+    bad.add({"videos/why?.mp4": "not a video"})
+    lines = [*(f"https://a.org/{name}: too large?" for name in "aab"), "videos/why?.mp4: not a video"]
+    assert bad.report().splitlines() == ["4 broken videos", *lines]
 
 
 def test_bad_videos_are_counted_once():

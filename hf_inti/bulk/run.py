@@ -17,7 +17,7 @@ from .model import ClipModel, Result
 from .shards import Shards
 
 
-SAVE_SECONDS = 300  # at least as often a shard is written: what a kill may cost
+SAVE_SECONDS = 300  # results that arrive as long after the last were saved are written at once
 
 
 def settings_of(model: PreTrainedModel, processor: InTIClipVideoProcessor, result: Result) -> dict:
@@ -36,6 +36,11 @@ def stages_of(
     """The decoder and the model."""
     decoder = Stage(ClipDecoder, (processor, result))
     return decoder, Stage(ClipModel, (model, processor, result, plan.threads))
+
+
+def retry_broken(shards: Shards, clips: Sequence[Clip]) -> None:
+    """Have `fill` try the broken ones again, and forget what was wrong with the tar shards they are in."""
+    shards.forget_broken({name for clip in clips for name in (clip.video, clip.path)})
 
 
 def fill(shards: Shards, clips: Sequence[Clip], stages: tuple[Stage, Stage], plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 
 
 SETTINGS = b"hf_inti"  # the key in a shard's metadata
-PART = ".part"  # the end of the name of a shard that is not whole
+PART = ".{}.part"  # the name of a shard that is not whole; what reads the folder skips those with a dot
 
 
 class Shards:
@@ -44,7 +45,7 @@ class Shards:
             message = f"output_dir must have one run at a time, got another in {self.folder}; wait for it or end it."
             raise ValueError(message) from None
         try:
-            for part in self.folder.glob(f"*{PART}"):  # of a run that was killed
+            for part in self.folder.glob(PART.format("*.parquet")):  # of a run that was killed
                 part.unlink()
             for path in self._paths():
                 self.done |= self._read(path)
@@ -94,13 +95,14 @@ class Shards:
     def flush(self) -> None:
         """Write what was added since the last shard."""
         if self.waiting:
-            numbers = [int(path.stem.rpartition("_")[2]) for path in self._paths() if path.stem[-1:].isdigit()]
-            path = self.folder / f"shard_{max(numbers, default=-1) + 1:06d}.parquet"
+            own = [re.fullmatch(r"shard_(\d+)", path.stem) for path in self._paths()]  # others were renamed
+            number = max((int(match[1]) + 1 for match in own if match), default=0)
+            path = self.folder / f"shard_{number:06d}.parquet"
             self._write(pa.concat_tables(self.waiting), path)
             self.waiting.clear()
 
     def _write(self, table: pa.Table, path: Path) -> None:
-        part = path.with_name(path.name + PART)
+        part = path.with_name(PART.format(path.name))
         with open(part, "wb") as file:
             pq.write_table(table, file)
             file.flush()

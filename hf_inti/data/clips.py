@@ -249,8 +249,9 @@ class BadVideos:
         return len(self.reasons)
 
     def report(self) -> str:
-        """Their number, then the first 20 by name with their reasons, one per line."""
-        lines = [f"{name}: {reason}" for name, reason in sorted(self.reasons.items())]
+        """Their number, then the first 20 by name with their reasons, one per line. A URL's query may be a secret."""
+        shown = {name: name.partition("?")[0] if "://" in name else name for name in self.reasons}
+        lines = [f"{shown[name]}: {reason}" for name, reason in sorted(self.reasons.items())]
         more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
         return "\n".join([f"{len(lines)} broken videos", *lines[:20], *more])
 

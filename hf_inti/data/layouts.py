@@ -91,6 +91,8 @@ def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool =
             )
         if url := next((path for path in tried if "://" in path), None):
             raise ValueError(f"listed videos must be files, got {url}; download it, and list the file.")
+        if name := next((path for path in tried if path != printable(path)), None):
+            raise ValueError(f"names of videos must be UTF-8, got another encoding in {printable(name)}; rename it.")
         path = next((name for name in tried if os.path.exists(name)), None)
         found = found or path is not None
         paths.append(path or tried[0])
@@ -101,6 +103,11 @@ def locate(rows: Rows, video_root: str | os.PathLike, allow_outside_root: bool =
             f"{' and '.join(tried)}; set video_root= to the folder that holds them."
         )
     return paths
+
+
+def printable(name: str) -> str:
+    """The name with escapes for what is not UTF-8: Arrow has no such strings."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def is_inside(path: str, folder: str | os.PathLike) -> bool:
@@ -250,7 +257,7 @@ def read_list(source: str, video_column: str, label_column: str) -> tuple[Rows, 
         pairs = []
         for line in read_lines(source):
             match = re.fullmatch(form, line, re.IGNORECASE)
-            pair = _cells(line) if '"' in line else []
+            pair = [cell.strip() for cell in _cells(source, line)[0]] if '"' in line else []
             if len(pair) != 2 and match is None:
                 raise ValueError(
                     f"{source} must hold lines 'path label' or 'path,label', or a header with the columns "
@@ -310,30 +317,42 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True))]
+def _cells(path: str, text: str) -> list[list[str]]:
+    """The rows of a csv or of a line of it."""
+    lines = io.StringIO(text, newline="").readlines()
+    rows = csv.reader(lines, skipinitialspace=True)
+    try:
+        return [row for row in rows if row]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} must be a csv, got {error} in line {lines[rows.line_num - 1][:40]!r}...; shorten this cell, or "
+            "close the quotes above it."
+        ) from None
 
 
 def _header(path: str) -> list[str]:
-    return _cells(read_lines(path)[0])
+    return [name.strip() for name in _cells(path, read_lines(path)[0])[0]]
 
 
 def read_csv(path: str) -> list[dict]:
-    rows = csv.DictReader(io.StringIO(_text(path).strip(), newline=""), skipinitialspace=True)
-    rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-    rows = list(rows)
+    names, *rows = _cells(path, _text(path).strip()) or [[]]
     if not rows:
         raise ValueError(f"{path} must hold one video per line below its header, got none; give a list that has them.")
-    return rows
+    names = [name.strip() for name in names]
+    return [dict(zip(names, row + [None] * len(names), strict=False)) for row in rows]
 
 
 def read_json(path: str) -> list[dict]:
     try:
         rows = [json.loads(line) for line in read_lines(path)] if path.endswith("l") else json.loads(_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} must be valid JSON, got a syntax error ({error}); fix the file.") from None
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+    if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} must be a JSON list of objects, one per video, got {repr(rows)[:60]}; fix the file.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            got = f"{repr(row)[:60]} for video {number}"
+            raise ValueError(f"{path} must hold an object for every video, got {got}; fix this row.")
     return rows
 
 

@@ -8,9 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .layouts import PATH_COLUMNS, VIDEO_EXTENSIONS, expand_braces, is_inside, read_csv, read_json, read_lines
+from .layouts import (
+    PATH_COLUMNS,
+    VIDEO_EXTENSIONS,
+    expand_braces,
+    is_inside,
+    printable,
+    read_csv,
+    read_json,
+    read_lines,
+)
 
 
 LISTS = (".txt", ".csv", ".json", ".jsonl", ".parquet")
@@ -78,9 +88,10 @@ def read_clips(source: str, video_column: str, video_root: str | None, allow_out
     """The clips of a list; see `find_clips`."""
     root = os.path.abspath(video_root or os.path.dirname(source))
     clips = []
-    for name in _column(source, video_column):
+    for number, name in enumerate(_column(source, video_column), 1):
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{source} must give a path or URL for every video, got {name!r}; fix this row.")
+            got = f"{repr(name)[:100]} for video {number}"
+            raise ValueError(f"{source} must give a path or URL for every video, got {got}; fix this row.")
         clip = _listed(name, root)
         if "://" not in name and not allow_outside_root and not is_inside(clip.path, root):
             raise ValueError(
@@ -93,23 +104,53 @@ def read_clips(source: str, video_column: str, video_root: str | None, allow_out
 
 def read_shard(path: str) -> Iterator[Clip]:
     """The videos in a tar, found by its headers alone. Where it cannot be read further, the last clip says so."""
+    if path != printable(path):
+        yield _place(path)
+        return
     try:
+        size = os.path.getsize(path)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                # Its size may be anything: tarfile reads a negative one for ever (CVE-2025-8194).
+                if member.size < 0 or not member.offset < tar.offset <= size:
+                    raise tarfile.ReadError(f"unexpected end of data in {member.name!r}")
                 if member.isfile() and member.name.lower().rpartition(".")[2] in VIDEO_EXTENSIONS:
-                    yield Clip(f"{path}/{member.name}", path, member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
-        yield Clip(path, path, error=f"not a tar that can be read to its end: {' '.join(str(error).split())}")
+                    yield _member(path, member)
+            _check_end(tar)
+    except Exception as error:  # tarfile raises whatever it comes upon
+        reason = " ".join((str(error) or repr(error)).split())
+        yield Clip(path, path, error=f"not a tar that can be read to its end: {reason}")
+
+
+def _member(path: str, member: tarfile.TarInfo) -> Clip:
+    video = f"{path}/{printable(member.name)}"
+    if member.issparse():
+        return Clip(video, path, error="the shard must hold all its bytes, got a sparse file; pack it without --sparse")
+    return Clip(video, path, member.offset_data, member.size)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ReadError unless there is nothing but zeros: tarfile also ends, quietly, where a header is damaged."""
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(2 * tarfile.RECORDSIZE)  # to see a hole in the tar, or another tar behind it
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise tarfile.ReadError(f"it must end in zeros, got others or nothing at byte {tar.offset}; pack it again")
 
 
 def _listed(name: str, root: str) -> Clip:
     scheme, separator, _ = name.partition("://")
     if not separator:
-        path = os.path.abspath(os.path.join(root, name))
-        return Clip(path, path)
+        return _place(os.path.abspath(os.path.join(root, name)))
     if scheme.lower() not in ("http", "https"):
         raise ValueError(f"a URL must start with http:// or https://, got {name[:100]}; download or mount it first.")
-    return Clip(name, name)
+    return _place(name)
+
+
+def _place(path: str) -> Clip:
+    """A file or URL, if Arrow has strings for its name, which goes to other machines."""
+    shown = printable(path)
+    error = None if shown == path else "its name must be UTF-8, got another encoding; rename it"
+    return Clip(shown, shown, error=error)
 
 
 def _column(source: str, video_column: str) -> list[str | None]:
@@ -118,16 +159,27 @@ def _column(source: str, video_column: str) -> list[str | None]:
     if kind == "txt":
         return read_lines(source)
     if kind == "parquet":
-        columns = pq.read_schema(source).names
-    else:
-        rows = read_csv(source) if kind == "csv" else read_json(source)
-        columns = list(rows[0])
+        return _parquet_column(source, video_column)
+    rows = read_csv(source) if kind == "csv" else read_json(source)
+    column = _choose_column(source, list(rows[0]), video_column)
+    return [row.get(column) for row in rows]
+
+
+def _parquet_column(source: str, video_column: str) -> list[str | None]:
+    try:
+        column = _choose_column(source, pq.read_schema(source).names, video_column)
+        return pq.read_table(source, columns=[column])[column].to_pylist()
+    except pa.ArrowInvalid as error:
+        reason = " ".join(str(error).split())[:200]
+        message = f"{source} must be a Parquet file with one column of each name, got: {reason}; write it again."
+        raise ValueError(message) from None
+
+
+def _choose_column(source: str, columns: list[str], video_column: str) -> str:
     column = next((name for name in (video_column, "url", *PATH_COLUMNS) if name in columns), None)
     if column is None:
         raise ValueError(f"{source} must have a column {video_column!r}, got {columns}; name it with video_column.")
-    if kind == "parquet":
-        return pq.read_table(source, columns=[column])[column].to_pylist()
-    return [row.get(column) for row in rows]
+    return column
 
 
 def _search(folder: str) -> list[str]:
@@ -136,10 +188,11 @@ def _search(folder: str) -> list[str]:
 
 
 def _match(pattern: str) -> list[str]:
-    """Shards by name, number range or pattern. Raises ValueError where there are none."""
+    """Shards by name, number range or pattern. Raises ValueError where one is missing."""
     found = []
-    for part in expand_braces(pattern):
-        found += [part] if os.path.isfile(part) else sorted(glob.glob(part))
-    if not found:
-        raise ValueError(f"{pattern} must name tar shards, got no such file; correct the path.")
+    for part in expand_braces(pattern) or [pattern]:
+        files = [part] if os.path.isfile(part) else sorted(glob.glob(part))
+        if not files:
+            raise ValueError(f"{pattern} must name tar shards, got no file {part}; correct the path.")
+        found += files
     return found
