@@ -39,7 +39,7 @@ class Echo:
     """A decoder that decodes nothing."""
 
     def __call__(self, clip: dict) -> dict:
-        return {"video": clip["video"]}
+        return {"video": clip["video"], "error": None, "frames": b"", "shape": []}
 
 
 class Where:

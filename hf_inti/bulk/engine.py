@@ -129,7 +129,7 @@ def _make_row(video: str, error: str | None, frames: bytes, shape: list[int]) ->
 
 
 def run_stages(clips: Sequence[Clip], decoder: Stage, model: Stage, plan: Plan) -> Iterator[pa.Table]:
-    """The models' tables, a row for each clip, in any order.
+    """The models' tables, a row for each clip, in any order. The decoder makes `ClipDecoder`'s rows of clips as dicts.
 
     Decoders grow in number while the models wait for them, and wait while frames pile up. What was in a process or on a
     machine that died is computed again. Raises ValueError for an error in a stage.
