@@ -9,6 +9,7 @@ on several GPUs or machines, start it with `accelerate launch` or `torchrun`. It
 bad_videos.json, and checkpoints/, from which --resume continues.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from signal import Signals
@@ -139,6 +140,7 @@ def train(
     accelerator, model = state.accelerator, state.model
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=state.total_steps, initial=state.step, desc="Training", unit="step", disable=hidden)
+    max_norm = math.inf if training.max_grad_norm is None else training.max_grad_norm
     losses, videos = [], []  # of the batches of the current step, which may have begun at the end of a stream
     while not (state.done or state.stopped_by):
         model.train()
@@ -155,9 +157,9 @@ def train(
                 if not accelerator.sync_gradients:  # the next batch adds to the same step
                     continue
                 if state.end_step(losses, videos, training.max_skipped_steps):
-                    if training.max_grad_norm is not None:
-                        accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                    optimizer.step()
+                    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+                    if state.check_gradients(norm, videos, training.max_skipped_steps):
+                        optimizer.step()
                 optimizer.zero_grad()
             losses, videos = [], []
             state.finish_step()
@@ -247,7 +249,7 @@ def finish(state: TrainingState, processor: InTIClipVideoProcessor, training: Tr
         if len(state.bad):
             print(state.bad.report())
         if state.skipped:
-            print(f"{state.skipped} steps were skipped, because their loss was not finite.")
+            print(f"{state.skipped} steps were skipped, because their loss or gradients were not finite.")
         best = f", the best (top-1 {state.best:.1%}) in {output_dir / 'best'}" if evaluated else ""
         print(f"Trained {state.step} steps; the model is in {output_dir / 'last'}{best}.")
     end_processes(accelerator)

@@ -1,6 +1,7 @@
 """The scripts from end to end, on small real videos: training, resuming, several processes, wrong use."""
 
 import csv
+import itertools
 import json
 import os
 import runpy
@@ -27,8 +28,10 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from forks import ALL, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
+from hf_inti.training import setup
 from hf_inti.training.arguments import ModelArguments
 from hf_inti.training.setup import build_model
+from hf_inti.training.state import TrainingState
 
 
 pytestmark = pytest.mark.slow
@@ -266,6 +269,59 @@ def test_clipping_holds_the_weights(plain, train, tmp_path, tower):
     start.save_pretrained(tmp_path / "start")
     assert distance(tmp_path / "held" / "last", tmp_path / "start") < 1e-8
     assert distance(tmp_path / "free" / "last", tmp_path / "start") > 1e-4
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """A function that makes train.py's gradients infinite in these backward passes, counted from 1."""
+
+    def make_infinite(*passes):
+        calls = itertools.count(1)
+
+        def build(*arguments):
+            model = build_model(*arguments)
+            model.classifier.bias.register_hook(lambda g: torch.full_like(g, torch.inf) if next(calls) in passes else g)
+            return model
+
+        monkeypatch.setattr(setup, "build_model", build)
+
+    return make_infinite
+
+
+@pytest.mark.parametrize("flags", ["", "--max_grad_norm 1", "--gradient_accumulation_steps 2 --batch_size 2"])
+def test_a_step_with_infinite_gradients_is_skipped(flags, gradients, train, tmp_path):
+    flags = f"--max_steps 4 {flags}".split()
+    gradients(3)
+    done = train(tmp_path / "out", *flags)
+    assert done.code == 0 and "1 steps were skipped, because their loss or gradients were not finite." in done.out
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out" / "last").values())
+    gradients(*range(3, 99))
+    stopped = train(tmp_path / "stopped", *flags, "--max_skipped_steps", "1")
+    assert stopped.code == 1 and stopped.error.startswith("error: the norm of the gradients must be finite, got inf at")
+    assert ".mp4; lower learning_rate" in stopped.error and not (tmp_path / "stopped" / "last").exists()
+
+
+@pytest.mark.parametrize("flags", ["--checkpoint_every_steps 1", "--ema_decay 0.5", ""])
+def test_ruined_weights_are_not_saved(flags, train, data, tmp_path, monkeypatch):
+    """The last update overflows: in the middle of an epoch, or as training ends."""
+    finish, last = TrainingState.finish_step, 5 if "steps" in flags else 6
+
+    def overflow(state):
+        if state.step == last - 1:
+            torch.nn.init.constant_(state.model.classifier.weight, torch.inf)
+        finish(state)
+
+    monkeypatch.setattr(TrainingState, "finish_step", overflow)
+    out = tmp_path / "out"
+    stopped = train(out, "--epochs", "2", "--eval_dir", str(data), *flags.split())
+    assert stopped.code == 1 and stopped.error.startswith(
+        f"error: the weights must be finite to be saved, got NaN or infinity after step {last}; lower learning_rate"
+    )
+    (left,) = (out / "checkpoints").iterdir()
+    assert left.name == f"step_{4 if 'steps' in flags else 3}" and str(left) in stopped.error
+    assert not (out / "last").exists()
+    for folder in (left, out / "best"):
+        assert all(value.isfinite().all() for value in weights(folder).values())
 
 
 def test_flip_that_swaps_classes(train, tmp_path):

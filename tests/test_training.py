@@ -507,6 +507,22 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, accelerat
     assert state.end_step([good], [], limit=2) and state.stopped_by == 15
 
 
+def test_gradients_that_are_not_finite_count_too_but_not_while_a_scale_settles(tmp_path, accelerator):
+    model = torch.nn.Linear(2, 2)
+    _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)
+    state = TrainingState(tmp_path, accelerator, model, scheduler, total_steps=16)
+    inf = torch.tensor(float("inf"))
+    assert state.check_gradients(torch.tensor(1.0), ["a.mp4"], limit=1) and state.skipped == 0
+    assert not state.end_step([inf], ["b.mp4"], limit=1)
+    with pytest.raises(ValueError) as error:
+        state.check_gradients(inf, ["c.mp4"], limit=1)
+    assert str(error.value).startswith(
+        "the norm of the gradients must be finite, got inf at step 0 (2 such steps, max_skipped_steps is 1) on c.mp4;"
+    )
+    accelerator.scaler = object()  # of fp16
+    assert state.check_gradients(inf, ["c.mp4"], limit=1) and state.skipped == 2
+
+
 def test_losses_must_be_finite(tmp_path, accelerator):
     model = torch.nn.Linear(2, 2)
     _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)

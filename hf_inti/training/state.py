@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -39,7 +41,7 @@ class TrainingState:
         epoch, batches: epochs finished, and batches finished in the current one.
         step: optimizer steps taken.
         best: highest top-1 of all evaluations so far, -1 before the first.
-        skipped: steps without an update, because the loss was not finite.
+        skipped: steps without an update, because the loss or the gradients were not finite.
         losses: one detached scalar per batch since the losses were last logged.
         bad: broken videos seen by this process.
         stopped_by: the signal that ends the run, 0 while it goes on: the same in every process.
@@ -126,8 +128,9 @@ class TrainingState:
     def save(self) -> None:
         """Write checkpoints/step_N and delete older ones; if interrupted, a complete one remains.
 
-        Raises ValueError if it cannot be written.
+        Raises ValueError if it cannot be written, or if the weights are not finite.
         """
+        self._check_weights()
         self.gather_bad_videos()
         if self.losses:  # the mean over processes: all of them load the same file
             self.losses = list(self.accelerator.reduce(torch.stack(self.losses), "mean").unbind())
@@ -145,6 +148,19 @@ class TrainingState:
                 if other != target:
                     shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """Raise a ValueError, in every process, for weights that must not replace good ones: an update may overflow."""
+        models = [self.model] if self.ema is None else [self.model, self.ema.module]
+        tensors = [tensor for model in models for tensor in chain(model.parameters(), model.buffers())]
+        parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        bad = torch.tensor(float(not all(part.isfinite().all() for part in parts)), device=self.accelerator.device)
+        if self.accelerator.reduce(bad, "sum").item():
+            raise ValueError(
+                f"the weights must be finite to be saved, got NaN or infinity after step {self.step}; lower "
+                "learning_rate, or use bf16 instead of fp16. The newest checkpoint is "
+                f"{newest_checkpoint(self.output_dir) or 'none'}."
+            )
 
     def _unwrap(self, models: list[nn.Module], folder: str) -> None:
         models[:] = [self.accelerator.unwrap_model(model) for model in models]
@@ -174,19 +190,33 @@ class TrainingState:
             bad, self.stopped_by = self.accelerator.gather(flags[None]).amax(0).tolist()
         if not bad:
             return True
-        self.skipped += 1
         del self.losses[-len(losses) :]
+        worst = stacked[~stacked.isfinite()][:1].tolist() or ["a number that is not, in another process"]
+        self._skip(f"the loss must be finite, got {worst[0]}", videos, limit)
+        return False
+
+    def check_gradients(self, norm: torch.Tensor | float | None, videos: list[str], limit: int) -> bool:
+        """Whether to update the weights, from the norm of a step's gradients, which every process has the same of.
+
+        Raises ValueError like `end_step`. With fp16 it is always true: gradients overflow while the loss scale settles,
+        and the scaler skips these steps by itself.
+        """
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if norm is None or self.accelerator.scaler is not None or math.isfinite(norm):  # None: of DeepSpeed
+            return True
+        self._skip(f"the norm of the gradients must be finite, got {float(norm)}", videos, limit)
+        return False
+
+    def _skip(self, problem: str, videos: list[str], limit: int) -> None:
+        self.skipped += 1
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             limit = 0  # its backward pass has updated the weights already
         if self.skipped > limit:
             names = sorted({name for names in gather_object([videos]) for name in names})
-            worst = stacked[~stacked.isfinite()][:1].tolist() or ["a number that is not, in another process"]
             raise ValueError(
-                f"the loss must be finite, got {worst[0]} at step {self.step} ({self.skipped} such steps, "
-                f"max_skipped_steps is {limit}) on {', '.join(names)}; lower learning_rate, use bf16 instead of fp16, "
-                "or leave these videos out."
+                f"{problem} at step {self.step} ({self.skipped} such steps, max_skipped_steps is {limit}) on "
+                f"{', '.join(names)}; lower learning_rate, use bf16 instead of fp16, or leave these videos out."
             )
-        return False
 
     def finish_step(self) -> None:
         """Update the learning rate and the moving average after the optimizer's step."""
@@ -223,7 +253,11 @@ class TrainingState:
             self.bad.add(reasons)
 
     def save_model(self, name: str, processor: InTIClipVideoProcessor) -> None:
-        """Write `evaluated_model`, the processor and run.json to the folder `name`, replaced as a whole."""
+        """Write `evaluated_model`, the processor and run.json to the folder `name`, replaced as a whole.
+
+        Raises ValueError if it cannot be written, or if the weights are not finite.
+        """
+        self._check_weights()
         weights = self.accelerator.get_state_dict(self.model) if self.ema is None else self.ema.module.state_dict()
         if self.accelerator.is_main_process:
             part = self.output_dir / f"{name}.part"
