@@ -1,5 +1,6 @@
 """What the scripts are made of: recipes, processors, optimizer groups, files that survive a kill, costs, pictures."""
 
+import errno
 import json
 import os
 import sys
@@ -11,9 +12,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.checkpoint import filesystem
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.data.augmentation import ClipAugmentation
@@ -487,6 +490,36 @@ def test_state_is_restored_in_full(tmp_path, accelerator):
     assert not torch.equal(again.ema.module["tower"].weight, again.model["tower"].weight)
     assert [json.loads(line)["loss"] for line in again.log.path.read_text().splitlines()] == [1.5]
     assert json.loads(again.run_file.read_text())["resumed_at_step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_faults_of_split_checkpoints_are_errors_for_people(tmp_path, accelerator, monkeypatch):
+    """A full disk and a lost shard; but a bug keeps its traceback."""
+    state = TrainingState(tmp_path, accelerator, torch.nn.Linear(2, 2), None, total_steps=1)
+    state.log = MetricsLog(tmp_path / "metrics.jsonl")
+    part = tmp_path / "checkpoints" / "step_0.part"
+
+    def fail(stream, *arguments, **options):
+        raise error
+
+    def save(folder):
+        dcp.save({"a": torch.ones(3)}, checkpoint_id=folder)
+
+    monkeypatch.setattr(accelerator, "save_state", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem.FileSystemWriter, "write_data", fail)
+        error = OSError(errno.ENOSPC, "No space left on device")
+        with pytest.raises(ValueError, match=r"step_0\.part must be writable, got: No space left on device; make room"):
+            state.save()
+        assert not part.exists()
+        error = TypeError("a bug")
+        with pytest.raises(dcp.CheckpointException, match="a bug"):
+            state.save()
+    save(part)
+    next(part.glob("*.distcp")).unlink()
+    monkeypatch.setattr(accelerator, "load_state", lambda folder: dcp.load({"a": torch.ones(3)}, checkpoint_id=folder))
+    with pytest.raises(ValueError, match=r"must be a whole checkpoint, got \[Errno 2\] No such file .*; restore"):
+        state._load(part)
 
 
 def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, accelerator):

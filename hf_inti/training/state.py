@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..data.clips import BadVideos
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
-from .files import recover_folder, replace_folder, writing
+from .files import cause_of, recover_folder, replace_folder, writing
 from .interruption import Interruption
 from .run_info import check_same_run, same_videos
 
@@ -111,9 +112,10 @@ class TrainingState:
         try:
             self.accelerator.load_state(str(checkpoint))
             progress = json.loads((checkpoint / "progress.json").read_text())
-        except (OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, RuntimeError, SafetensorError, CheckpointException, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{checkpoint} must be a whole checkpoint, got {error}; restore its files, or delete it to start again."
+                f"{checkpoint} must be a whole checkpoint, got {cause_of(error)}; restore its files, or delete it to "
+                "start again."
             ) from error
         for name in COUNTERS:
             setattr(self, name, progress.get(name, 0))
