@@ -522,6 +522,20 @@ def test_faults_of_split_checkpoints_are_errors_for_people(tmp_path, accelerator
         state._load(part)
 
 
+def test_a_stray_file_among_checkpoints_stays(tmp_path, accelerator):
+    model = torch.nn.Linear(2, 2)
+    _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)
+    state = TrainingState(tmp_path, accelerator, model, scheduler, total_steps=16)
+    state.log = MetricsLog(tmp_path / "metrics.jsonl")
+    strays = [tmp_path / "checkpoints" / name for name in (".DS_Store", "step_x")]
+    strays[0].parent.mkdir()
+    for file in strays:  # the second is no folder, and cannot be removed like one
+        file.touch()
+    for state.step in (1, 2):
+        state.save()
+    assert sorted((tmp_path / "checkpoints").iterdir()) == [strays[0], tmp_path / "checkpoints" / "step_2", strays[1]]
+
+
 def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, accelerator):
     model = torch.nn.Linear(2, 2)
     _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)

@@ -146,9 +146,9 @@ class TrainingState:
                 self._write_progress(part)
                 replace_folder(part, target)
         if self.accelerator.is_main_process:
-            for other in target.parent.iterdir():
+            for other in target.parent.glob("step_*"):
                 if other != target:
-                    shutil.rmtree(other)
+                    shutil.rmtree(other, ignore_errors=True)  # one that stays is in nobody's way
         self.accelerator.wait_for_everyone()
 
     def _check_weights(self) -> None:
