@@ -32,7 +32,7 @@ from hf_inti.hub.push import check_repo_id, check_token, push_model
 from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from hf_inti.training.cli import parse_recipe, run_script
 from hf_inti.training.evaluation import end_processes, evaluate_loader, evaluation_loader
-from hf_inti.training.files import check_writable
+from hf_inti.training.files import check_writable, writing
 from hf_inti.training.hosts import set_progress
 from hf_inti.training.run_info import describe_run
 from hf_inti.training.setup import (
@@ -245,7 +245,8 @@ def finish(state: TrainingState, processor: InTIClipVideoProcessor, training: Tr
     state.gather_bad_videos()
     evaluated = state.best >= 0
     if accelerator.is_main_process:
-        (output_dir / "bad_videos.json").write_text(state.bad.to_json() + "\n")
+        with writing(output_dir / "bad_videos.json", "make room, then go on with --resume."):
+            (output_dir / "bad_videos.json").write_text(state.bad.to_json() + "\n")
         if len(state.bad):
             print(state.bad.report())
         if state.skipped:

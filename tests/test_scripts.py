@@ -1,6 +1,7 @@
 """The scripts from end to end, on small real videos: training, resuming, several processes, wrong use."""
 
 import csv
+import errno
 import itertools
 import json
 import os
@@ -658,6 +659,23 @@ def forward(*arguments, **options):
 InTIClipForVideoClassification.forward = forward
 runpy.run_path(os.environ["TRAIN"], run_name="__main__")
 """
+
+
+def test_a_full_disk_at_the_end(train, tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def fail(path, text):
+        if path.name == "bad_videos.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        full = train(tmp_path / "out", "--max_steps", "1")
+    assert full.code == 1 and full.error.endswith(
+        "bad_videos.json must be writable, got: No space left on device; make room, then go on with --resume."
+    )
+    assert train(tmp_path / "out", "--max_steps", "1", "--resume").code == 0
 
 
 def test_a_bug_ends_the_run(data, tower, tmp_path):

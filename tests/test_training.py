@@ -536,6 +536,16 @@ def test_a_stray_file_among_checkpoints_stays(tmp_path, accelerator):
     assert sorted((tmp_path / "checkpoints").iterdir()) == [strays[0], tmp_path / "checkpoints" / "step_2", strays[1]]
 
 
+def test_a_full_disk_as_the_run_starts(tmp_path, accelerator, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    state = TrainingState(tmp_path, accelerator, torch.nn.Linear(2, 2), None, total_steps=1)
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(ValueError, match=r"run\.json\.part must be writable, got: No space left on device; make room"):
+        state.start({}, None)
+
+
 def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, accelerator):
     model = torch.nn.Linear(2, 2)
     _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)

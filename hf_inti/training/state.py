@@ -104,8 +104,9 @@ class TrainingState:
         if self.accelerator.is_main_process:
             self.log = MetricsLog(self.output_dir / "metrics.jsonl", metrics_size)
             part = self.run_file.with_name("run.json.part")
-            part.write_text(json.dumps({**run, "resumed_at_step": self.step}, indent=2) + "\n")
-            os.replace(part, self.run_file)
+            with writing(part, "make room, then start it again."):
+                part.write_text(json.dumps({**run, "resumed_at_step": self.step}, indent=2) + "\n")
+                os.replace(part, self.run_file)
 
     def _load(self, checkpoint: Path) -> int:
         """Restore what `save` wrote; returns the size of metrics.jsonl at that time, in bytes."""
