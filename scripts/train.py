@@ -98,8 +98,8 @@ def main() -> int:
         label_smoothing=data.label_smoothing,
     )
     with state.interruption:
-        train(state, loader, eval_loader, optimizer, processor, mixing, training)
-    if state.stopped_by and not state.done:
+        finished = train(state, loader, eval_loader, optimizer, processor, mixing, training)
+    if not finished:
         return leave(state)
     finish(state, processor, training)
     return 0
@@ -132,17 +132,19 @@ def train(
     processor: InTIClipVideoProcessor,
     mixing: BatchMixing,
     training: TrainingArguments,
-) -> None:
+) -> bool:
     """Train from where `state` is to its last step, with evaluations and checkpoints on the way.
 
-    A signal ends it earlier, after the current step or evaluation, with a checkpoint.
+    A signal ends it earlier, after the current step or batch of an evaluation, with a checkpoint: it returns False.
     """
     accelerator, model = state.accelerator, state.model
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=state.total_steps, initial=state.step, desc="Training", unit="step", disable=hidden)
     max_norm = math.inf if training.max_grad_norm is None else training.max_grad_norm
     losses, videos = [], []  # of the batches of the current step, which may have begun at the end of a stream
-    while not (state.done or state.stopped_by):
+    if not evaluate_if_due(state, eval_loader, processor, training):  # an epoch's checkpoint is written before
+        return False
+    while not state.done:
         model.train()
         for batch in remaining_batches(loader, state):
             state.batches += 1
@@ -172,9 +174,13 @@ def train(
                 state.save()
             if state.stopped_by:
                 bar.close()
-                return
-        end_of_epoch(state, loader, eval_loader, processor, training)
+                return False
+        end_of_epoch(state, loader, training)
+        if not evaluate_if_due(state, eval_loader, processor, training):
+            bar.close()
+            return False
     bar.close()
+    return True
 
 
 def remaining_batches(loader: DataLoader, state: TrainingState) -> Iterable[dict]:
@@ -202,14 +208,8 @@ def prepare_batch(
     return mixing(pixel_values, labels, torch.Generator().manual_seed(batch_seed))
 
 
-def end_of_epoch(
-    state: TrainingState,
-    loader: DataLoader,
-    eval_loader: DataLoader | None,
-    processor: InTIClipVideoProcessor,
-    training: TrainingArguments,
-) -> None:
-    """Evaluate and save a checkpoint where they are due; training may have ended in the middle of the epoch."""
+def end_of_epoch(state: TrainingState, loader: DataLoader, training: TrainingArguments) -> None:
+    """Count the epoch and save a checkpoint where one is due; training may have ended in the middle of the epoch."""
     if state.batches == 0:
         raise ValueError(
             f"every process must get a batch of readable videos, got none in epoch {state.epoch}; add videos to "
@@ -218,16 +218,26 @@ def end_of_epoch(
     whole = is_stream(loader) or state.batches == len(loader)
     if whole:
         state.epoch, state.batches = state.epoch + 1, 0
-    if eval_loader is not None and (state.done or due(training.eval_every_epochs, state.epoch)):
-        evaluate(state, eval_loader, processor)
-    # A stream may end between the batches of one step: no checkpoint holds half-accumulated gradients.
-    if whole and due(training.checkpoint_every_epochs, state.epoch) and state.accelerator.sync_gradients:
+    if whole and due(training.checkpoint_every_epochs, state.epoch) and between_steps(state):
+        state.save()  # before the evaluation, which may take longer than a scheduler waits
+
+
+def evaluate_if_due(
+    state: TrainingState, eval_loader: DataLoader | None, processor: InTIClipVideoProcessor, training: TrainingArguments
+) -> bool:
+    """Evaluate at the end of an epoch or of training; False, and a checkpoint, after a signal.
+
+    Records the metrics, and saves the model as best/ if its top-1 is the highest so far.
+    """
+    between_epochs = state.epoch > 0 and state.batches == 0
+    if eval_loader is None or not (state.done or (between_epochs and due(training.eval_every_epochs, state.epoch))):
+        return True
+    stopped = state.hear_signal if between_steps(state) else lambda: False
+    found = evaluate_loader(state.evaluated_model, eval_loader, state.accelerator, stopped)
+    if found is None:
         state.save()
-
-
-def evaluate(state: TrainingState, eval_loader: DataLoader, processor: InTIClipVideoProcessor) -> None:
-    """Record the metrics, and save the model as best/ if its top-1 is the highest so far."""
-    metrics, _, unreadable = evaluate_loader(state.evaluated_model, eval_loader, state.accelerator)
+        return False
+    metrics, _, unreadable = found
     state.bad.add(unreadable.reasons)
     names = ("top1", "top5", "mean_class_accuracy", "num_unreadable")
     state.record(**{f"eval_{name}": metrics[name] for name in names})
@@ -236,6 +246,12 @@ def evaluate(state: TrainingState, eval_loader: DataLoader, processor: InTIClipV
     if metrics["top1"] > state.best:
         state.best = metrics["top1"]
         state.save_model("best", processor)
+    return True
+
+
+def between_steps(state: TrainingState) -> bool:
+    """A stream may end between the batches of one step: no checkpoint holds half-accumulated gradients."""
+    return state.accelerator.sync_gradients
 
 
 def finish(state: TrainingState, processor: InTIClipVideoProcessor, training: TrainingArguments) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -531,6 +532,53 @@ def test_stream_resumes(train, data, tower, tmp_path):
     assert train(tmp_path / "killed", *flags, "--resume").code == 0
     assert_same_weights(tmp_path / "whole" / "last", tmp_path / "killed" / "last")
     assert lines_of(tmp_path / "whole" / "metrics.jsonl") == lines_of(tmp_path / "killed" / "metrics.jsonl")
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+STREAM = "--streaming --max_steps 4 --batch_size 5 --gradient_accumulation_steps 2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "at", "signalled", "left"),
+    [  # 9 batches in an evaluation
+        ("--epochs 2", 4, False, "step_3"),
+        ("--epochs 2", 13, False, "step_6"),
+        ("--epochs 2", 4, True, "step_3"),
+        ("--epochs 2 --checkpoint_every_epochs 3", 9, True, "step_3"),
+        ("--max_steps 5", 13, True, "step_5"),  # in the middle of an epoch
+        (STREAM, 4, True, "step_2"),  # in the middle of a step, which is then finished
+    ],
+)
+def test_an_evaluation_that_was_stopped_is_done_again(flags, at, signalled, left, train, data, tmp_path, monkeypatch):
+    """The end is that of a run that was not, bit for bit."""
+    flags = [*flags.split(), *f"--eval_dir {data} --eval_batch_size 1 --ema_decay 0.5".split()]
+    assert train(tmp_path / "whole", *flags).code == 0
+    forward, calls = InTIClipForVideoClassification.forward, []
+
+    def stop(self, *arguments, **options):
+        if not torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == at and not signalled:
+                raise Killed
+            if len(calls) == at:
+                signal.raise_signal(signal.SIGTERM)
+        return forward(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InTIClipForVideoClassification, "forward", stop)
+        if signalled:
+            assert train(tmp_path / "stopped", *flags).code == 143
+        else:
+            with pytest.raises(Killed):
+                train(tmp_path / "stopped", *flags)
+    assert len(calls) == (at if "--streaming" not in flags else 9)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [left]
+    assert train(tmp_path / "stopped", *flags, "--resume").code == 0
+    for name in ("best/model.safetensors", "last/model.safetensors", "metrics.jsonl", "bad_videos.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
 
 
 def test_resuming_refuses_another_run(train, data, tmp_path):

@@ -221,6 +221,14 @@ class TrainingState:
                 f"{', '.join(names)}; lower learning_rate, use bf16 instead of fp16, or leave these videos out."
             )
 
+    def hear_signal(self) -> bool:
+        """Whether a signal came to any process, which is then `stopped_by`; `end_step` hears it too."""
+        self.stopped_by = self.interruption.signal
+        if self.accelerator.num_processes > 1:
+            signals = torch.tensor([self.stopped_by], device=self.accelerator.device)
+            self.stopped_by = self.accelerator.gather(signals).max().item()
+        return bool(self.stopped_by)
+
     def finish_step(self) -> None:
         """Update the learning rate and the moving average after the optimizer's step."""
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 skips steps whose gradients overflow
