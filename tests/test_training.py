@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.checkpoint import filesystem
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from conftest import TINY, pickle_weights
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.data.augmentation import ClipAugmentation
 from hf_inti.measure.costs import PARTS, count_costs
@@ -27,7 +29,14 @@ from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingAr
 from hf_inti.training.cli import parse_arguments, parse_recipe, run_script
 from hf_inti.training.files import replace_folder
 from hf_inti.training.run_info import check_same_run, describe_run, same_videos
-from hf_inti.training.setup import TrainTransform, build_optimizer, build_processor, module_kind, parameter_groups
+from hf_inti.training.setup import (
+    TrainTransform,
+    build_model,
+    build_optimizer,
+    build_processor,
+    module_kind,
+    parameter_groups,
+)
 from hf_inti.training.state import MetricsLog, TrainingState, find_checkpoint, newest_checkpoint
 from hf_inti.visualization import aggregated_frames, cascaded_weights, confusion_matrix, figure4, training_curves
 
@@ -253,6 +262,13 @@ def test_a_checkpoint_without_a_processor_is_refused(tmp_path, tiny_config):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must hold a video processor"):
         build_processor(str(tmp_path), tiny_config(), DataArguments())
+
+
+def test_a_pickle_of_weights_is_refused(tmp_path, tiny_config):
+    CLIPVisionModel(CLIPVisionConfig(**TINY)).save_pretrained(tmp_path)
+    pickle_weights(tmp_path)
+    with pytest.raises(ValueError, match="must hold its weights as safetensors, got none; if you trust its pytorch_m"):
+        build_model(ModelArguments(model=str(tmp_path), num_frames=8), ["a", "b"])
 
 
 def test_training_clips_are_frames_not_pixel_values():

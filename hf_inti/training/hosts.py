@@ -28,6 +28,7 @@ from ..hosts.torchvision_classifier import (
 )
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from .arguments import ModelArguments
+from .weights import load_weights
 
 
 logger = logging.getLogger(__name__)
@@ -100,8 +101,12 @@ def _start_transformers(checkpoint: str, labels: dict, arguments: ModelArguments
         model = AutoModelForVideoClassification.from_config(AutoConfig.from_pretrained(checkpoint, **labels))
     else:
         with quiet():
-            model, report = AutoModelForVideoClassification.from_pretrained(
-                checkpoint, **labels, ignore_mismatched_sizes=True, output_loading_info=True
+            model, report = load_weights(
+                AutoModelForVideoClassification,
+                checkpoint,
+                **labels,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
         absent = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
         lacking = sorted(name for name in absent if name.startswith(f"{model.base_model_prefix}."))
@@ -242,14 +247,14 @@ def load_host(
         compression, options = values.get("compression"), values.get("compression_options")
     if values["model_type"] != TorchvisionVideoConfig.model_type:
         with quiet():
-            model = AutoModelForVideoClassification.from_pretrained(checkpoint)
+            model = load_weights(AutoModelForVideoClassification, checkpoint)
         return compress_host(with_frames(model, num_frames).eval(), compression, options)
     config = TorchvisionVideoConfig.from_dict(
         {**values, "compression": compression or "none", "compression_options": options}
     )
     with quiet():
-        model, report = TorchvisionForVideoClassification.from_pretrained(
-            checkpoint, config=config, output_loading_info=True
+        model, report = load_weights(
+            TorchvisionForVideoClassification, checkpoint, config=config, output_loading_info=True
         )
     if report["missing_keys"]:
         raise ValueError(
