@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import runpy
 import sys
 from pathlib import Path
@@ -228,6 +229,10 @@ def test_published_weights_of_torchvision(videos, run, tmp_path, monkeypatch):
         TorchvisionForVideoClassification(
             TorchvisionVideoConfig(architecture="MViT", options=MVIT, image_size=32, num_frames=8)
         ).load_host_weights({}, "a file")
+    torch.save(Path("no weights"), file)
+    for load_published in (lambda: build_host(arguments, NAMES), lambda: load_classifier("torchvision/swin3d_t")):
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            load_published()
 
 
 # What a run is built from -------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -125,7 +126,7 @@ def _start_torchvision(name: str, labels: dict, arguments: ModelArguments) -> Pr
         file = Path(name) / "model.safetensors"
         weights = {n.removeprefix("host."): v for n, v in load_file(file).items()} if file.exists() else None
     elif arguments.host_weights is not None:
-        weights = pretrained_weights(name, arguments.host_weights).get_state_dict(progress=False, check_hash=True)
+        weights = _download(pretrained_weights(name, arguments.host_weights))
     method, options = _compression(arguments, values)
     compression = {"compression": method or "none", "compression_options": options}
     model = TorchvisionForVideoClassification(TorchvisionVideoConfig.from_dict({**values, **labels, **compression}))
@@ -285,8 +286,13 @@ def _load_published(checkpoint: str, weights_name: str) -> PreTrainedModel:
     names = weights.meta["categories"]
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     model = TorchvisionForVideoClassification(TorchvisionVideoConfig(architecture=name, **labels))
-    model.load_host_weights(weights.get_state_dict(progress=False, check_hash=True), checkpoint)
+    model.load_host_weights(_download(weights), checkpoint)
     return model
+
+
+def _download(weights: Enum) -> dict[str, torch.Tensor]:
+    """torchvision's own default would unpickle whatever is in the file."""
+    return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
 
 
 # Preprocessing ------------------------------------------------------------------------------------
