@@ -26,6 +26,7 @@ from hf_inti.data.layouts import VIDEO_EXTENSIONS
 from hf_inti.hub.handler import Decoder
 from hf_inti.measure.costs import Cost, count_costs
 from hf_inti.training.cli import parse_arguments, run_script
+from hf_inti.training.weights import load_weights
 from hf_inti.visualization import draw_compression
 
 
@@ -81,7 +82,7 @@ class Classifier(NamedTuple):
 
 def load_classifier(name: str) -> Classifier:
     """Load a folder or a name on the Hub, and try it. Raises ValueError if it is no trained video classifier."""
-    model, report = InTIClipForVideoClassification.from_pretrained(name, output_loading_info=True)
+    model, report = load_weights(InTIClipForVideoClassification, name, output_loading_info=True)
     if report["missing_keys"]:
         missing = min(report["missing_keys"])
         raise ValueError(f"{name} is no trained InTI-CLIP video classifier: {missing} is missing; give one that is.")

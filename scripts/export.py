@@ -30,6 +30,7 @@ from hf_inti.export import (
 )
 from hf_inti.training.cli import parse_arguments, run_script
 from hf_inti.training.evaluation import EvalTransform, evaluate_loader, evaluation_loader
+from hf_inti.training.weights import load_weights
 
 
 EXPORTERS = {"onnx": export_onnx, "pt2": export_program}
@@ -68,7 +69,7 @@ def main() -> None:
     if "onnx" in args.formats:  # before anything that takes long
         for package in ("onnx", "onnxscript", "onnxruntime"):
             needs(package)
-    model = InTIClipForVideoClassification.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = load_weights(InTIClipForVideoClassification, args.model, dtype=torch.float32).eval()
     processor = InTIClipVideoProcessor.from_pretrained(args.model)
     if args.dynamic_frames:
         frame_counts(model)

@@ -9,6 +9,7 @@ on several GPUs or machines, start it with `accelerate launch` or `torchrun`. It
 bad_videos.json, and checkpoints/, from which --resume continues.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from signal import Signals
@@ -31,7 +32,7 @@ from hf_inti.hub.push import check_repo_id, check_token, push_model
 from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from hf_inti.training.cli import parse_recipe, run_script
 from hf_inti.training.evaluation import end_processes, evaluate_loader, evaluation_loader
-from hf_inti.training.files import check_writable
+from hf_inti.training.files import check_writable, writing
 from hf_inti.training.hosts import set_progress
 from hf_inti.training.run_info import describe_run
 from hf_inti.training.setup import (
@@ -97,8 +98,8 @@ def main() -> int:
         label_smoothing=data.label_smoothing,
     )
     with state.interruption:
-        train(state, loader, eval_loader, optimizer, processor, mixing, training)
-    if state.stopped_by and not state.done:
+        finished = train(state, loader, eval_loader, optimizer, processor, mixing, training)
+    if not finished:
         return leave(state)
     finish(state, processor, training)
     return 0
@@ -131,16 +132,19 @@ def train(
     processor: InTIClipVideoProcessor,
     mixing: BatchMixing,
     training: TrainingArguments,
-) -> None:
+) -> bool:
     """Train from where `state` is to its last step, with evaluations and checkpoints on the way.
 
-    A signal ends it earlier, after the current step or evaluation, with a checkpoint.
+    A signal ends it earlier, after the current step or batch of an evaluation, with a checkpoint: it returns False.
     """
     accelerator, model = state.accelerator, state.model
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=state.total_steps, initial=state.step, desc="Training", unit="step", disable=hidden)
+    max_norm = math.inf if training.max_grad_norm is None else training.max_grad_norm
     losses, videos = [], []  # of the batches of the current step, which may have begun at the end of a stream
-    while not (state.done or state.stopped_by):
+    if not evaluate_if_due(state, eval_loader, processor, training):  # an epoch's checkpoint is written before
+        return False
+    while not state.done:
         model.train()
         for batch in remaining_batches(loader, state):
             state.batches += 1
@@ -155,9 +159,9 @@ def train(
                 if not accelerator.sync_gradients:  # the next batch adds to the same step
                     continue
                 if state.end_step(losses, videos, training.max_skipped_steps):
-                    if training.max_grad_norm is not None:
-                        accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                    optimizer.step()
+                    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+                    if state.check_gradients(norm, videos, training.max_skipped_steps):
+                        optimizer.step()
                 optimizer.zero_grad()
             losses, videos = [], []
             state.finish_step()
@@ -170,9 +174,13 @@ def train(
                 state.save()
             if state.stopped_by:
                 bar.close()
-                return
-        end_of_epoch(state, loader, eval_loader, processor, training)
+                return False
+        end_of_epoch(state, loader, training)
+        if not evaluate_if_due(state, eval_loader, processor, training):
+            bar.close()
+            return False
     bar.close()
+    return True
 
 
 def remaining_batches(loader: DataLoader, state: TrainingState) -> Iterable[dict]:
@@ -200,14 +208,8 @@ def prepare_batch(
     return mixing(pixel_values, labels, torch.Generator().manual_seed(batch_seed))
 
 
-def end_of_epoch(
-    state: TrainingState,
-    loader: DataLoader,
-    eval_loader: DataLoader | None,
-    processor: InTIClipVideoProcessor,
-    training: TrainingArguments,
-) -> None:
-    """Evaluate and save a checkpoint where they are due; training may have ended in the middle of the epoch."""
+def end_of_epoch(state: TrainingState, loader: DataLoader, training: TrainingArguments) -> None:
+    """Count the epoch and save a checkpoint where one is due; training may have ended in the middle of the epoch."""
     if state.batches == 0:
         raise ValueError(
             f"every process must get a batch of readable videos, got none in epoch {state.epoch}; add videos to "
@@ -216,16 +218,26 @@ def end_of_epoch(
     whole = is_stream(loader) or state.batches == len(loader)
     if whole:
         state.epoch, state.batches = state.epoch + 1, 0
-    if eval_loader is not None and (state.done or due(training.eval_every_epochs, state.epoch)):
-        evaluate(state, eval_loader, processor)
-    # A stream may end between the batches of one step: no checkpoint holds half-accumulated gradients.
-    if whole and due(training.checkpoint_every_epochs, state.epoch) and state.accelerator.sync_gradients:
+    if whole and due(training.checkpoint_every_epochs, state.epoch) and between_steps(state):
+        state.save()  # before the evaluation, which may take longer than a scheduler waits
+
+
+def evaluate_if_due(
+    state: TrainingState, eval_loader: DataLoader | None, processor: InTIClipVideoProcessor, training: TrainingArguments
+) -> bool:
+    """Evaluate at the end of an epoch or of training; False, and a checkpoint, after a signal.
+
+    Records the metrics, and saves the model as best/ if its top-1 is the highest so far.
+    """
+    between_epochs = state.epoch > 0 and state.batches == 0
+    if eval_loader is None or not (state.done or (between_epochs and due(training.eval_every_epochs, state.epoch))):
+        return True
+    stopped = state.hear_signal if between_steps(state) else lambda: False
+    found = evaluate_loader(state.evaluated_model, eval_loader, state.accelerator, stopped)
+    if found is None:
         state.save()
-
-
-def evaluate(state: TrainingState, eval_loader: DataLoader, processor: InTIClipVideoProcessor) -> None:
-    """Record the metrics, and save the model as best/ if its top-1 is the highest so far."""
-    metrics, _, unreadable = evaluate_loader(state.evaluated_model, eval_loader, state.accelerator)
+        return False
+    metrics, _, unreadable = found
     state.bad.add(unreadable.reasons)
     names = ("top1", "top5", "mean_class_accuracy", "num_unreadable")
     state.record(**{f"eval_{name}": metrics[name] for name in names})
@@ -234,6 +246,12 @@ def evaluate(state: TrainingState, eval_loader: DataLoader, processor: InTIClipV
     if metrics["top1"] > state.best:
         state.best = metrics["top1"]
         state.save_model("best", processor)
+    return True
+
+
+def between_steps(state: TrainingState) -> bool:
+    """A stream may end between the batches of one step: no checkpoint holds half-accumulated gradients."""
+    return state.accelerator.sync_gradients
 
 
 def finish(state: TrainingState, processor: InTIClipVideoProcessor, training: TrainingArguments) -> None:
@@ -243,11 +261,12 @@ def finish(state: TrainingState, processor: InTIClipVideoProcessor, training: Tr
     state.gather_bad_videos()
     evaluated = state.best >= 0
     if accelerator.is_main_process:
-        (output_dir / "bad_videos.json").write_text(state.bad.to_json() + "\n")
+        with writing(output_dir / "bad_videos.json", "make room, then go on with --resume."):
+            (output_dir / "bad_videos.json").write_text(state.bad.to_json() + "\n")
         if len(state.bad):
             print(state.bad.report())
         if state.skipped:
-            print(f"{state.skipped} steps were skipped, because their loss was not finite.")
+            print(f"{state.skipped} steps were skipped, because their loss or gradients were not finite.")
         best = f", the best (top-1 {state.best:.1%}) in {output_dir / 'best'}" if evaluated else ""
         print(f"Trained {state.step} steps; the model is in {output_dir / 'last'}{best}.")
     end_processes(accelerator)

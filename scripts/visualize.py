@@ -14,6 +14,7 @@ import torch
 
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
 from hf_inti.training.cli import parse_arguments, run_script
+from hf_inti.training.weights import load_weights
 from hf_inti.visualization import draw_compression
 
 
@@ -27,7 +28,7 @@ class VisualizationArguments:
 
 def main() -> None:
     args = parse_arguments(VisualizationArguments, ["model", "video"], description=__doc__)
-    model = InTIClipForVideoClassification.from_pretrained(args.model).eval()
+    model = load_weights(InTIClipForVideoClassification, args.model).eval()
     processor = InTIClipVideoProcessor.from_pretrained(args.model)
     frames = processor(args.video, num_frames=args.num_frames, do_rescale=False, do_normalize=False)["pixel_values"]
     with torch.inference_mode():

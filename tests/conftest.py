@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from forks import ForkedJob
 from hf_inti import InTIClipVisionConfig
@@ -39,6 +40,12 @@ def write_video(path: Path, frames: int = 10, size: int = 48, seed: int = 0) -> 
             frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * t, axis=1), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def pickle_weights(folder: Path) -> None:
+    """Put a pickle in the place of a model's safetensors, as old checkpoints have it."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

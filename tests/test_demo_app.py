@@ -27,7 +27,7 @@ from huggingface_hub import SpaceCard
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from conftest import TINY, write_video
+from conftest import TINY, pickle_weights, write_video
 from hf_inti import (
     InTIClipForVideoClassification,
     InTIClipVideoProcessor,
@@ -216,6 +216,9 @@ def test_what_cannot_answer_is_refused_at_the_start(demo, tmp_path):
         demo["load_classifier"](str(save_model(tmp_path / "other", side=24)))
     with pytest.raises(ValueError, match="holds no videos"):
         demo["find_examples"](str(tmp_path))
+    pickle_weights(tmp_path / "other")
+    with pytest.raises(ValueError, match="must hold its weights as safetensors, got none"):
+        demo["load_classifier"](str(tmp_path / "other"))
 
 
 @contextmanager

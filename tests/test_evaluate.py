@@ -20,7 +20,7 @@ from transformers import (
     VJEPA2Config,
 )
 
-from conftest import TINY, write_video
+from conftest import TINY, pickle_weights, write_video
 from forks import ALL, HEAVY, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.data.clips import VideoClips
@@ -116,6 +116,14 @@ def test_the_checkpoints_own_compression_keeps_its_weights(folder, pixel_values)
     same = load_classifier(folder / "inti", CompressionOverride("inti"))[0]
     assert same.config.compression_layers == plain.config.compression_layers
     torch.testing.assert_close(logits(same, pixel_values), logits(plain, pixel_values))
+
+
+@pytest.mark.parametrize(("name", "override"), [("none", None), ("none", "tome"), ("videomae", None)])
+def test_a_pickle_of_weights_is_refused(name, override, folder, tmp_path):
+    shutil.copytree(folder / name, tmp_path, dirs_exist_ok=True)
+    pickle_weights(tmp_path)
+    with pytest.raises(ValueError, match="must hold its weights as safetensors, got none"):
+        load_classifier(str(tmp_path), CompressionOverride(override))
 
 
 def test_overrides_without_a_compression_are_refused():

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, write_video
+from conftest import TINY, pickle_weights, write_video
 from forks import run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.hub import handler as source
@@ -55,6 +55,14 @@ def handler(module, repository):
     handler = module.EndpointHandler(str(repository))
     yield handler
     handler.decode.close()
+
+
+def test_a_pickle_of_weights_is_refused(module, repository, tmp_path, monkeypatch):
+    shutil.copytree(repository, tmp_path, dirs_exist_ok=True)
+    pickle_weights(tmp_path)
+    monkeypatch.setattr(module.Decoder, "start", lambda self: None)  # nobody would end its process
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        module.EndpointHandler(str(tmp_path))
 
 
 @pytest.fixture

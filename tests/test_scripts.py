@@ -1,10 +1,13 @@
 """The scripts from end to end, on small real videos: training, resuming, several processes, wrong use."""
 
 import csv
+import errno
+import itertools
 import json
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,8 +30,10 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from forks import ALL, run_in_a_fork
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor
+from hf_inti.training import setup
 from hf_inti.training.arguments import ModelArguments
 from hf_inti.training.setup import build_model
+from hf_inti.training.state import TrainingState
 
 
 pytestmark = pytest.mark.slow
@@ -268,6 +273,59 @@ def test_clipping_holds_the_weights(plain, train, tmp_path, tower):
     assert distance(tmp_path / "free" / "last", tmp_path / "start") > 1e-4
 
 
+@pytest.fixture
+def gradients(monkeypatch):
+    """A function that makes train.py's gradients infinite in these backward passes, counted from 1."""
+
+    def make_infinite(*passes):
+        calls = itertools.count(1)
+
+        def build(*arguments):
+            model = build_model(*arguments)
+            model.classifier.bias.register_hook(lambda g: torch.full_like(g, torch.inf) if next(calls) in passes else g)
+            return model
+
+        monkeypatch.setattr(setup, "build_model", build)
+
+    return make_infinite
+
+
+@pytest.mark.parametrize("flags", ["", "--max_grad_norm 1", "--gradient_accumulation_steps 2 --batch_size 2"])
+def test_a_step_with_infinite_gradients_is_skipped(flags, gradients, train, tmp_path):
+    flags = f"--max_steps 4 {flags}".split()
+    gradients(3)
+    done = train(tmp_path / "out", *flags)
+    assert done.code == 0 and "1 steps were skipped, because their loss or gradients were not finite." in done.out
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out" / "last").values())
+    gradients(*range(3, 99))
+    stopped = train(tmp_path / "stopped", *flags, "--max_skipped_steps", "1")
+    assert stopped.code == 1 and stopped.error.startswith("error: the norm of the gradients must be finite, got inf at")
+    assert ".mp4; lower learning_rate" in stopped.error and not (tmp_path / "stopped" / "last").exists()
+
+
+@pytest.mark.parametrize("flags", ["--checkpoint_every_steps 1", "--ema_decay 0.5", ""])
+def test_ruined_weights_are_not_saved(flags, train, data, tmp_path, monkeypatch):
+    """The last update overflows: in the middle of an epoch, or as training ends."""
+    finish, last = TrainingState.finish_step, 5 if "steps" in flags else 6
+
+    def overflow(state):
+        if state.step == last - 1:
+            torch.nn.init.constant_(state.model.classifier.weight, torch.inf)
+        finish(state)
+
+    monkeypatch.setattr(TrainingState, "finish_step", overflow)
+    out = tmp_path / "out"
+    stopped = train(out, "--epochs", "2", "--eval_dir", str(data), *flags.split())
+    assert stopped.code == 1 and stopped.error.startswith(
+        f"error: the weights must be finite to be saved, got NaN or infinity after step {last}; lower learning_rate"
+    )
+    (left,) = (out / "checkpoints").iterdir()
+    assert left.name == f"step_{4 if 'steps' in flags else 3}" and str(left) in stopped.error
+    assert not (out / "last").exists()
+    for folder in (left, out / "best"):
+        assert all(value.isfinite().all() for value in weights(folder).values())
+
+
 def test_flip_that_swaps_classes(train, tmp_path):
     train(tmp_path / "flip", "--max_steps", "2", "--flip")
     train(tmp_path / "swap", "--max_steps", "2", "--flip", "--flip_label_map", '{"red": "green"}')
@@ -476,6 +534,53 @@ def test_stream_resumes(train, data, tower, tmp_path):
     assert lines_of(tmp_path / "whole" / "metrics.jsonl") == lines_of(tmp_path / "killed" / "metrics.jsonl")
 
 
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+STREAM = "--streaming --max_steps 4 --batch_size 5 --gradient_accumulation_steps 2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "at", "signalled", "left"),
+    [  # 9 batches in an evaluation
+        ("--epochs 2", 4, False, "step_3"),
+        ("--epochs 2", 13, False, "step_6"),
+        ("--epochs 2", 4, True, "step_3"),
+        ("--epochs 2 --checkpoint_every_epochs 3", 9, True, "step_3"),
+        ("--max_steps 5", 13, True, "step_5"),  # in the middle of an epoch
+        (STREAM, 4, True, "step_2"),  # in the middle of a step, which is then finished
+    ],
+)
+def test_an_evaluation_that_was_stopped_is_done_again(flags, at, signalled, left, train, data, tmp_path, monkeypatch):
+    """The end is that of a run that was not, bit for bit."""
+    flags = [*flags.split(), *f"--eval_dir {data} --eval_batch_size 1 --ema_decay 0.5".split()]
+    assert train(tmp_path / "whole", *flags).code == 0
+    forward, calls = InTIClipForVideoClassification.forward, []
+
+    def stop(self, *arguments, **options):
+        if not torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == at and not signalled:
+                raise Killed
+            if len(calls) == at:
+                signal.raise_signal(signal.SIGTERM)
+        return forward(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InTIClipForVideoClassification, "forward", stop)
+        if signalled:
+            assert train(tmp_path / "stopped", *flags).code == 143
+        else:
+            with pytest.raises(Killed):
+                train(tmp_path / "stopped", *flags)
+    assert len(calls) == (at if "--streaming" not in flags else 9)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [left]
+    assert train(tmp_path / "stopped", *flags, "--resume").code == 0
+    for name in ("best/model.safetensors", "last/model.safetensors", "metrics.jsonl", "bad_videos.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+
+
 def test_resuming_refuses_another_run(train, data, tmp_path):
     out = tmp_path / "out"
     assert train(out, "--max_steps", "2", "--checkpoint_every_steps", "1").code == 0
@@ -602,6 +707,23 @@ def forward(*arguments, **options):
 InTIClipForVideoClassification.forward = forward
 runpy.run_path(os.environ["TRAIN"], run_name="__main__")
 """
+
+
+def test_a_full_disk_at_the_end(train, tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def fail(path, text):
+        if path.name == "bad_videos.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        full = train(tmp_path / "out", "--max_steps", "1")
+    assert full.code == 1 and full.error.endswith(
+        "bad_videos.json must be writable, got: No space left on device; make room, then go on with --resume."
+    )
+    assert train(tmp_path / "out", "--max_steps", "1", "--resume").code == 0
 
 
 def test_a_bug_ends_the_run(data, tower, tmp_path):

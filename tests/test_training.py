@@ -1,5 +1,6 @@
 """What the scripts are made of: recipes, processors, optimizer groups, files that survive a kill, costs, pictures."""
 
+import errno
 import json
 import os
 import sys
@@ -11,10 +12,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.checkpoint import filesystem
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from conftest import TINY, pickle_weights
 from hf_inti import InTIClipForVideoClassification, InTIClipVideoProcessor, InTIClipVisionConfig
 from hf_inti.data.augmentation import ClipAugmentation
 from hf_inti.measure.costs import PARTS, count_costs
@@ -24,7 +29,14 @@ from hf_inti.training.arguments import DataArguments, ModelArguments, TrainingAr
 from hf_inti.training.cli import parse_arguments, parse_recipe, run_script
 from hf_inti.training.files import replace_folder
 from hf_inti.training.run_info import check_same_run, describe_run, same_videos
-from hf_inti.training.setup import TrainTransform, build_optimizer, build_processor, module_kind, parameter_groups
+from hf_inti.training.setup import (
+    TrainTransform,
+    build_model,
+    build_optimizer,
+    build_processor,
+    module_kind,
+    parameter_groups,
+)
 from hf_inti.training.state import MetricsLog, TrainingState, find_checkpoint, newest_checkpoint
 from hf_inti.visualization import aggregated_frames, cascaded_weights, confusion_matrix, figure4, training_curves
 
@@ -250,6 +262,13 @@ def test_a_checkpoint_without_a_processor_is_refused(tmp_path, tiny_config):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must hold a video processor"):
         build_processor(str(tmp_path), tiny_config(), DataArguments())
+
+
+def test_a_pickle_of_weights_is_refused(tmp_path, tiny_config):
+    CLIPVisionModel(CLIPVisionConfig(**TINY)).save_pretrained(tmp_path)
+    pickle_weights(tmp_path)
+    with pytest.raises(ValueError, match="must hold its weights as safetensors, got none; if you trust its pytorch_m"):
+        build_model(ModelArguments(model=str(tmp_path), num_frames=8), ["a", "b"])
 
 
 def test_training_clips_are_frames_not_pixel_values():
@@ -489,6 +508,60 @@ def test_state_is_restored_in_full(tmp_path, accelerator):
     assert json.loads(again.run_file.read_text())["resumed_at_step"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_faults_of_split_checkpoints_are_errors_for_people(tmp_path, accelerator, monkeypatch):
+    """A full disk and a lost shard; but a bug keeps its traceback."""
+    state = TrainingState(tmp_path, accelerator, torch.nn.Linear(2, 2), None, total_steps=1)
+    state.log = MetricsLog(tmp_path / "metrics.jsonl")
+    part = tmp_path / "checkpoints" / "step_0.part"
+
+    def fail(stream, *arguments, **options):
+        raise error
+
+    def save(folder):
+        dcp.save({"a": torch.ones(3)}, checkpoint_id=folder)
+
+    monkeypatch.setattr(accelerator, "save_state", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem.FileSystemWriter, "write_data", fail)
+        error = OSError(errno.ENOSPC, "No space left on device")
+        with pytest.raises(ValueError, match=r"step_0\.part must be writable, got: No space left on device; make room"):
+            state.save()
+        assert not part.exists()
+        error = TypeError("a bug")
+        with pytest.raises(dcp.CheckpointException, match="a bug"):
+            state.save()
+    save(part)
+    next(part.glob("*.distcp")).unlink()
+    monkeypatch.setattr(accelerator, "load_state", lambda folder: dcp.load({"a": torch.ones(3)}, checkpoint_id=folder))
+    with pytest.raises(ValueError, match=r"must be a whole checkpoint, got \[Errno 2\] No such file .*; restore"):
+        state._load(part)
+
+
+def test_a_stray_file_among_checkpoints_stays(tmp_path, accelerator):
+    model = torch.nn.Linear(2, 2)
+    _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)
+    state = TrainingState(tmp_path, accelerator, model, scheduler, total_steps=16)
+    state.log = MetricsLog(tmp_path / "metrics.jsonl")
+    strays = [tmp_path / "checkpoints" / name for name in (".DS_Store", "step_x")]
+    strays[0].parent.mkdir()
+    for file in strays:  # the second is no folder, and cannot be removed like one
+        file.touch()
+    for state.step in (1, 2):
+        state.save()
+    assert sorted((tmp_path / "checkpoints").iterdir()) == [strays[0], tmp_path / "checkpoints" / "step_2", strays[1]]
+
+
+def test_a_full_disk_as_the_run_starts(tmp_path, accelerator, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    state = TrainingState(tmp_path, accelerator, torch.nn.Linear(2, 2), None, total_steps=1)
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(ValueError, match=r"run\.json\.part must be writable, got: No space left on device; make room"):
+        state.start({}, None)
+
+
 def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, accelerator):
     model = torch.nn.Linear(2, 2)
     _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)
@@ -505,6 +578,22 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, accelerat
     )
     state.interruption.signal = 15
     assert state.end_step([good], [], limit=2) and state.stopped_by == 15
+
+
+def test_gradients_that_are_not_finite_count_too_but_not_while_a_scale_settles(tmp_path, accelerator):
+    model = torch.nn.Linear(2, 2)
+    _, scheduler = build_optimizer(model, settings(), steps_per_epoch=4, total_steps=16)
+    state = TrainingState(tmp_path, accelerator, model, scheduler, total_steps=16)
+    inf = torch.tensor(float("inf"))
+    assert state.check_gradients(torch.tensor(1.0), ["a.mp4"], limit=1) and state.skipped == 0
+    assert not state.end_step([inf], ["b.mp4"], limit=1)
+    with pytest.raises(ValueError) as error:
+        state.check_gradients(inf, ["c.mp4"], limit=1)
+    assert str(error.value).startswith(
+        "the norm of the gradients must be finite, got inf at step 0 (2 such steps, max_skipped_steps is 1) on c.mp4;"
+    )
+    accelerator.scaler = object()  # of fp16
+    assert state.check_gradients(inf, ["c.mp4"], limit=1) and state.skipped == 2
 
 
 def test_losses_must_be_finite(tmp_path, accelerator):

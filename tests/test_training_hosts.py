@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import runpy
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from conftest import write_video
+from conftest import pickle_weights, write_video
 from hf_inti import hosts
 from hf_inti.hosts import compress
 from hf_inti.hosts.torchvision_classifier import TorchvisionForVideoClassification, TorchvisionVideoConfig
@@ -228,6 +229,10 @@ def test_published_weights_of_torchvision(videos, run, tmp_path, monkeypatch):
         TorchvisionForVideoClassification(
             TorchvisionVideoConfig(architecture="MViT", options=MVIT, image_size=32, num_frames=8)
         ).load_host_weights({}, "a file")
+    torch.save(Path("no weights"), file)
+    for load_published in (lambda: build_host(arguments, NAMES), lambda: load_classifier("torchvision/swin3d_t")):
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            load_published()
 
 
 # What a run is built from -------------------------------------------------------------------------
@@ -374,6 +379,9 @@ def test_checkpoints_that_are_no_hosts(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     with pytest.raises(ValueError, match="must hold videomae.encoder.layer.0"):
+        build_host(arguments_for(f"transformers/{tmp_path}"), NAMES)
+    pickle_weights(tmp_path)
+    with pytest.raises(ValueError, match="must hold its weights as safetensors, got none"):
         build_host(arguments_for(f"transformers/{tmp_path}"), NAMES)
     with pytest.raises(ValueError, match="architecture must be one of mvit_v1_b, .*, got 'resnet'"):
         TorchvisionVideoConfig(architecture="resnet")

@@ -27,6 +27,7 @@ from ..measure.records import provenance
 from ..training.arguments import DataArguments, ModelArguments
 from ..training.evaluation import EvalTransform
 from ..training.setup import build_model, build_processor, load_datasets
+from ..training.weights import load_weights
 
 
 STRENGTHS = [10.0**n for n in range(-1, 7)]  # of the penalty, for features of variance 1
@@ -68,7 +69,7 @@ def fit_baselines(
         train_set, eval_set = load_datasets(data, Accelerator())
         config = build_model(model, label_names_of(train_set)).config
         processor = build_processor(model.checkpoint, config, data)
-        tower = CLIPVisionModel.from_pretrained(model.model).eval()
+        tower = load_weights(CLIPVisionModel, model.model).eval()
         train, top1 = read_views(train_set, EvalTransform(processor), tower), {}
         for order in ("original", *orders):
             test = read_views(eval_set, EvalTransform(processor, **views, frame_order=order), tower)

@@ -18,6 +18,7 @@ from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..training.arguments import TrainingArguments
 from ..training.cli import run_script
 from ..training.setup import build_optimizer
+from ..training.weights import load_weights
 
 
 WARM_UP = 3  # repetitions that do not count
@@ -46,7 +47,7 @@ def measure(folder: Path, batch_size: int) -> dict:
     training = TrainingArguments(**arguments["TrainingArguments"])
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
-    model = InTIClipForVideoClassification.from_pretrained(folder)
+    model = load_weights(InTIClipForVideoClassification, folder)
     if arguments["ModelArguments"]["activation_checkpointing"]:
         model.activation_checkpointing_enable()
     config = model.config

@@ -429,7 +429,8 @@ class EndpointHandler:
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         self.decode = Decoder(os.path.abspath(__file__), path)
         self.decode.start()
-        model = AutoModelForVideoClassification.from_pretrained(path, trust_remote_code=True, dtype=dtype)
+        options = {"trust_remote_code": True, "use_safetensors": True, "dtype": dtype}
+        model = AutoModelForVideoClassification.from_pretrained(path, **options)
         self.model = model.to(self.device).eval()
         with suppress(ValueError):  # quantised or adapted layers have no faster path
             self.model.optimize_for_inference()

@@ -142,7 +142,7 @@ class TrainingArguments:
     adam_beta2: float = _help("AdamW's second beta.", 0.999)
     adam_epsilon: float = _help("AdamW's epsilon.", 1e-8)
     max_grad_norm: float | None = _help("Norm to which gradients are clipped; default: no clipping.")
-    max_skipped_steps: int = _help("Steps to skip, because the loss is NaN or infinite, before it stops.", 5)
+    max_skipped_steps: int = _help("Steps to skip, because loss or gradients are NaN or infinite, before it stops.", 5)
     mixed_precision: str = _help("Precision of the computation: bf16, fp16, or no for float32.", "no")
     ema_decay: float | None = _help("Decay of a moving average of the weights, which is then evaluated and saved.")
     seed: int = _help("Seed of new weights, the order of videos and all augmentation.", 0)

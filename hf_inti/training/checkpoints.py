@@ -9,6 +9,7 @@ from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from .hosts import KINDS, host_processor, is_published, load_host, load_host_config, quiet
+from .weights import load_weights
 
 
 @dataclass
@@ -55,7 +56,7 @@ def load_classifier(
     options = {} if num_frames is None else {"num_frames": num_frames}
     processor = InTIClipVideoProcessor.from_pretrained(checkpoint, **options)
     if override.compression is None:
-        model = InTIClipForVideoClassification.from_pretrained(checkpoint)
+        model = load_weights(InTIClipForVideoClassification, checkpoint)
     else:
         model = _load_under(checkpoint, override)
     with suppress(ValueError):  # quantised layers have no faster way
@@ -91,8 +92,8 @@ def _load_under(checkpoint: str, override: CompressionOverride) -> InTIClipForVi
     }
     config = InTIClipVisionConfig.from_dict({**values, **changes})
     with quiet():
-        model, report = InTIClipForVideoClassification.from_pretrained(
-            checkpoint, config=config, output_loading_info=True
+        model, report = load_weights(
+            InTIClipForVideoClassification, checkpoint, config=config, output_loading_info=True
         )
     if report["missing_keys"] and override.compression != "linear_pooling":  # which starts as the plain average
         raise ValueError(

@@ -1,7 +1,7 @@
 """Scores of a model on a dataset, the same from one process or many."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -116,14 +116,18 @@ def prediction_loader(clips: VideoClips, accelerator: Accelerator, batch_size: i
     return loader
 
 
-def evaluate_loader(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> tuple[dict, dict, BadVideos]:
+def evaluate_loader(
+    model: nn.Module, loader: DataLoader, accelerator: Accelerator, stopped: Callable[[], bool] = lambda: False
+) -> tuple[dict, dict, BadVideos] | None:
     """Evaluate on all clips of an `evaluation_loader`.
 
     Returns the metrics of `VideoAccuracy`, a dict of index (N,), labels (N,), ok (N,) and logits (N, V, K) in the
-    dataset's order, and the `BadVideos`, the same in every process.
+    dataset's order, and the `BadVideos`, the same in every process. None if `stopped()`, asked after each batch.
     """
     bad, parts = BadVideos(), []
     for batch in predict_batches(model, loader, accelerator):
+        if stopped():
+            return None
         bad.add(batch.pop("bad"))
         parts.append(batch)
     result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
@@ -68,13 +69,23 @@ def writing(path: Path, advice: str) -> Iterator[None]:
     """Raise a ValueError with `advice` if `path` cannot be written; what was written of a folder is deleted."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "Writer" not in str(error) and "iostream" not in str(error):
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        cause = cause_of(error)
+        known = isinstance(cause, (OSError, SafetensorError))
+        if not known and "Writer" not in str(cause) and "iostream" not in str(cause):
             raise  # not of torch.save, which reports a full disk so
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
         raise ValueError(f"{path} must be writable, got: {reason}; {advice}") from error
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error, or the first of those that torch gathers from all processes that share a checkpoint of split weights.
+
+    That is no Exception, and its message is their tracebacks.
+    """
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def check_writable(folder: Path) -> None:

@@ -8,6 +8,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from ..hosts.torchvision_classifier import (
 )
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from .arguments import ModelArguments
+from .weights import load_weights
 
 
 logger = logging.getLogger(__name__)
@@ -100,8 +102,12 @@ def _start_transformers(checkpoint: str, labels: dict, arguments: ModelArguments
         model = AutoModelForVideoClassification.from_config(AutoConfig.from_pretrained(checkpoint, **labels))
     else:
         with quiet():
-            model, report = AutoModelForVideoClassification.from_pretrained(
-                checkpoint, **labels, ignore_mismatched_sizes=True, output_loading_info=True
+            model, report = load_weights(
+                AutoModelForVideoClassification,
+                checkpoint,
+                **labels,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
         absent = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
         lacking = sorted(name for name in absent if name.startswith(f"{model.base_model_prefix}."))
@@ -120,7 +126,7 @@ def _start_torchvision(name: str, labels: dict, arguments: ModelArguments) -> Pr
         file = Path(name) / "model.safetensors"
         weights = {n.removeprefix("host."): v for n, v in load_file(file).items()} if file.exists() else None
     elif arguments.host_weights is not None:
-        weights = pretrained_weights(name, arguments.host_weights).get_state_dict(progress=False, check_hash=True)
+        weights = _download(pretrained_weights(name, arguments.host_weights))
     method, options = _compression(arguments, values)
     compression = {"compression": method or "none", "compression_options": options}
     model = TorchvisionForVideoClassification(TorchvisionVideoConfig.from_dict({**values, **labels, **compression}))
@@ -242,14 +248,14 @@ def load_host(
         compression, options = values.get("compression"), values.get("compression_options")
     if values["model_type"] != TorchvisionVideoConfig.model_type:
         with quiet():
-            model = AutoModelForVideoClassification.from_pretrained(checkpoint)
+            model = load_weights(AutoModelForVideoClassification, checkpoint)
         return compress_host(with_frames(model, num_frames).eval(), compression, options)
     config = TorchvisionVideoConfig.from_dict(
         {**values, "compression": compression or "none", "compression_options": options}
     )
     with quiet():
-        model, report = TorchvisionForVideoClassification.from_pretrained(
-            checkpoint, config=config, output_loading_info=True
+        model, report = load_weights(
+            TorchvisionForVideoClassification, checkpoint, config=config, output_loading_info=True
         )
     if report["missing_keys"]:
         raise ValueError(
@@ -280,8 +286,13 @@ def _load_published(checkpoint: str, weights_name: str) -> PreTrainedModel:
     names = weights.meta["categories"]
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     model = TorchvisionForVideoClassification(TorchvisionVideoConfig(architecture=name, **labels))
-    model.load_host_weights(weights.get_state_dict(progress=False, check_hash=True), checkpoint)
+    model.load_host_weights(_download(weights), checkpoint)
     return model
+
+
+def _download(weights: Enum) -> dict[str, torch.Tensor]:
+    """torchvision's own default would unpickle whatever is in the file."""
+    return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
 
 
 # Preprocessing ------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .evaluation import EvalTransform
 from .hosts import build_host, host_processor
 from .interruption import ignore_signals
+from .weights import load_weights
 
 
 def load_datasets(
@@ -59,8 +60,12 @@ def build_model(arguments: ModelArguments, label_names: list[str]) -> PreTrained
         config = InTIClipVisionConfig.from_clip(arguments.model, **options)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers would list every parameter that is absent from CLIP
-    model, report = InTIClipForVideoClassification.from_pretrained(
-        arguments.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    model, report = load_weights(
+        InTIClipForVideoClassification,
+        arguments.model,
+        config=config,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
     logging.set_verbosity(verbosity)
     absent = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}

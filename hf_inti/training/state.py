@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -19,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..data.clips import BadVideos
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
-from .files import recover_folder, replace_folder, writing
+from .files import cause_of, recover_folder, replace_folder, writing
 from .interruption import Interruption
 from .run_info import check_same_run, same_videos
 
@@ -39,7 +42,7 @@ class TrainingState:
         epoch, batches: epochs finished, and batches finished in the current one.
         step: optimizer steps taken.
         best: highest top-1 of all evaluations so far, -1 before the first.
-        skipped: steps without an update, because the loss was not finite.
+        skipped: steps without an update, because the loss or the gradients were not finite.
         losses: one detached scalar per batch since the losses were last logged.
         bad: broken videos seen by this process.
         stopped_by: the signal that ends the run, 0 while it goes on: the same in every process.
@@ -101,17 +104,19 @@ class TrainingState:
         if self.accelerator.is_main_process:
             self.log = MetricsLog(self.output_dir / "metrics.jsonl", metrics_size)
             part = self.run_file.with_name("run.json.part")
-            part.write_text(json.dumps({**run, "resumed_at_step": self.step}, indent=2) + "\n")
-            os.replace(part, self.run_file)
+            with writing(part, "make room, then start it again."):
+                part.write_text(json.dumps({**run, "resumed_at_step": self.step}, indent=2) + "\n")
+                os.replace(part, self.run_file)
 
     def _load(self, checkpoint: Path) -> int:
         """Restore what `save` wrote; returns the size of metrics.jsonl at that time, in bytes."""
         try:
             self.accelerator.load_state(str(checkpoint))
             progress = json.loads((checkpoint / "progress.json").read_text())
-        except (OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, RuntimeError, SafetensorError, CheckpointException, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{checkpoint} must be a whole checkpoint, got {error}; restore its files, or delete it to start again."
+                f"{checkpoint} must be a whole checkpoint, got {cause_of(error)}; restore its files, or delete it to "
+                "start again."
             ) from error
         for name in COUNTERS:
             setattr(self, name, progress.get(name, 0))
@@ -126,8 +131,9 @@ class TrainingState:
     def save(self) -> None:
         """Write checkpoints/step_N and delete older ones; if interrupted, a complete one remains.
 
-        Raises ValueError if it cannot be written.
+        Raises ValueError if it cannot be written, or if the weights are not finite.
         """
+        self._check_weights()
         self.gather_bad_videos()
         if self.losses:  # the mean over processes: all of them load the same file
             self.losses = list(self.accelerator.reduce(torch.stack(self.losses), "mean").unbind())
@@ -141,10 +147,23 @@ class TrainingState:
                 self._write_progress(part)
                 replace_folder(part, target)
         if self.accelerator.is_main_process:
-            for other in target.parent.iterdir():
+            for other in target.parent.glob("step_*"):
                 if other != target:
-                    shutil.rmtree(other)
+                    shutil.rmtree(other, ignore_errors=True)  # one that stays is in nobody's way
         self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """Raise a ValueError, in every process, for weights that must not replace good ones: an update may overflow."""
+        models = [self.model] if self.ema is None else [self.model, self.ema.module]
+        tensors = [tensor for model in models for tensor in chain(model.parameters(), model.buffers())]
+        parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        bad = torch.tensor(float(not all(part.isfinite().all() for part in parts)), device=self.accelerator.device)
+        if self.accelerator.reduce(bad, "sum").item():
+            raise ValueError(
+                f"the weights must be finite to be saved, got NaN or infinity after step {self.step}; lower "
+                "learning_rate, or use bf16 instead of fp16. The newest checkpoint is "
+                f"{newest_checkpoint(self.output_dir) or 'none'}."
+            )
 
     def _unwrap(self, models: list[nn.Module], folder: str) -> None:
         models[:] = [self.accelerator.unwrap_model(model) for model in models]
@@ -174,19 +193,41 @@ class TrainingState:
             bad, self.stopped_by = self.accelerator.gather(flags[None]).amax(0).tolist()
         if not bad:
             return True
-        self.skipped += 1
         del self.losses[-len(losses) :]
+        worst = stacked[~stacked.isfinite()][:1].tolist() or ["a number that is not, in another process"]
+        self._skip(f"the loss must be finite, got {worst[0]}", videos, limit)
+        return False
+
+    def check_gradients(self, norm: torch.Tensor | float | None, videos: list[str], limit: int) -> bool:
+        """Whether to update the weights, from the norm of a step's gradients, which every process has the same of.
+
+        Raises ValueError like `end_step`. With fp16 it is always true: gradients overflow while the loss scale settles,
+        and the scaler skips these steps by itself.
+        """
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if norm is None or self.accelerator.scaler is not None or math.isfinite(norm):  # None: of DeepSpeed
+            return True
+        self._skip(f"the norm of the gradients must be finite, got {float(norm)}", videos, limit)
+        return False
+
+    def _skip(self, problem: str, videos: list[str], limit: int) -> None:
+        self.skipped += 1
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             limit = 0  # its backward pass has updated the weights already
         if self.skipped > limit:
             names = sorted({name for names in gather_object([videos]) for name in names})
-            worst = stacked[~stacked.isfinite()][:1].tolist() or ["a number that is not, in another process"]
             raise ValueError(
-                f"the loss must be finite, got {worst[0]} at step {self.step} ({self.skipped} such steps, "
-                f"max_skipped_steps is {limit}) on {', '.join(names)}; lower learning_rate, use bf16 instead of fp16, "
-                "or leave these videos out."
+                f"{problem} at step {self.step} ({self.skipped} such steps, max_skipped_steps is {limit}) on "
+                f"{', '.join(names)}; lower learning_rate, use bf16 instead of fp16, or leave these videos out."
             )
-        return False
+
+    def hear_signal(self) -> bool:
+        """Whether a signal came to any process, which is then `stopped_by`; `end_step` hears it too."""
+        self.stopped_by = self.interruption.signal
+        if self.accelerator.num_processes > 1:
+            signals = torch.tensor([self.stopped_by], device=self.accelerator.device)
+            self.stopped_by = self.accelerator.gather(signals).max().item()
+        return bool(self.stopped_by)
 
     def finish_step(self) -> None:
         """Update the learning rate and the moving average after the optimizer's step."""
@@ -223,7 +264,11 @@ class TrainingState:
             self.bad.add(reasons)
 
     def save_model(self, name: str, processor: InTIClipVideoProcessor) -> None:
-        """Write `evaluated_model`, the processor and run.json to the folder `name`, replaced as a whole."""
+        """Write `evaluated_model`, the processor and run.json to the folder `name`, replaced as a whole.
+
+        Raises ValueError if it cannot be written, or if the weights are not finite.
+        """
+        self._check_weights()
         weights = self.accelerator.get_state_dict(self.model) if self.ema is None else self.ema.module.state_dict()
         if self.accelerator.is_main_process:
             part = self.output_dir / f"{name}.part"
