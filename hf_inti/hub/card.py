@@ -23,6 +23,7 @@ from ..model.configuration_inti_clip import InTIClipVisionConfig
 from ..model.modeling_inti_clip import InTIClipForVideoClassification
 from ..model.video_processing_inti_clip import InTIClipVideoProcessor
 from ..papers.published import TABLES, TOWERS
+from ..training.weights import load_weights
 from ..visualization import draw_compression
 from .metadata import (
     ROOT,
@@ -142,7 +143,7 @@ def draw_figure(model_dir: str | Path, clip: Any, path: str | Path) -> bool:
     `clip` is a path, a URL or anything else that the processor takes. Returns False, and draws nothing, if the
     compression has no figure.
     """
-    model = InTIClipForVideoClassification.from_pretrained(model_dir, dtype=torch.float32).eval()  # numpy has no bf16
+    model = load_weights(InTIClipForVideoClassification, model_dir, dtype=torch.float32).eval()  # numpy has no bf16
     processor = InTIClipVideoProcessor.from_pretrained(model_dir)
     frames = processor(clip, do_rescale=False, do_normalize=False)["pixel_values"]
     with torch.inference_mode():

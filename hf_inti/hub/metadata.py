@@ -21,6 +21,7 @@ from ..papers.published import TOWERS
 from ..training.arguments import DataArguments, ModelArguments, TrainingArguments
 from ..training.cli import parse_recipe
 from ..training.run_info import FREE_SETTINGS, settings_of
+from ..training.weights import load_weights
 
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +240,7 @@ def read_results(path: str | Path, metadata: dict, model_dir: str | Path) -> dic
     if its figures are inconsistent.
     """
     results = _read_json(path, RESULTS, "scripts/evaluate.py")
-    model = InTIClipForVideoClassification.from_pretrained(model_dir)
+    model = load_weights(InTIClipForVideoClassification, model_dir)
     if results["fingerprint"] != fingerprint(model):
         raise ValueError(
             f"{path} must be of the model in {model_dir}, got another model's; evaluate this one with "
