@@ -142,9 +142,9 @@ def run_stages(clips: Sequence[Clip], decoder: Stage, model: Stage, plan: Plan) 
         fn_constructor_args=(Isolated(decoder.cls, *decoder.arguments),),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=plan.decoders),
+        # Two calls: one's frames are packed while the other's are decoded.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=plan.decoders, max_concurrent_calls_per_actor=2),
         num_cpus=1,
-        max_concurrency=2,  # one task's frames are packed while another's are decoded
     )
     tables = views.map_batches(
         _Model,
