@@ -5,10 +5,13 @@ import os
 import runpy
 import sys
 import tempfile
+import threading
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
+
+from tqdm import tqdm
 
 
 # Without the libraries that read variables as they are imported, as the Hub's do.
@@ -78,8 +81,17 @@ def _run(what: str | Path, arguments: list[str], *place) -> None:
         exec(what, {"__name__": "__main__"})
 
 
+def own_progress() -> None:
+    """Take a lock of this process's for tqdm: forks share one, and if that which has it is killed, all others wait."""
+    kinds, lock = [tqdm], threading.RLock()
+    for kind in kinds:
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
+
+
 def _take(files: list[Path], environment: dict[str, str], cwd: Path) -> None:
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # not the server's
+    own_progress()
     for descriptor, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()

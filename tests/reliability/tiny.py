@@ -25,6 +25,7 @@ import hf_inti.hub.push  # noqa: E402, F401
 import hf_inti.training.setup  # noqa: E402, F401
 import hf_inti.training.state  # noqa: E402, F401
 from conftest import write_video  # noqa: E402
+from forks import own_progress  # noqa: E402
 from hf_inti.measure.jobs import write_json  # noqa: E402
 from hf_inti.measure.records import provenance  # noqa: E402
 
@@ -58,6 +59,7 @@ def start(flags: list, log: Path, before: Callable = lambda: None, script: str =
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.setsid()
+    own_progress()
     os.environ.update({"ACCELERATE_USE_CPU": "true", **variables})
     torch.set_num_threads(1)
     before()
